@@ -1,8 +1,8 @@
 """Configuration of a Gemma 2 model: read, checked and written in the layout of the hub.
 
-The field names are those of the hub's ``config.json``; the defaults are the 2B model. Values come from
-the published checkpoints and from Google's ``gemma_pytorch`` (``gemma/config.py``). A file with a
-setting that this package cannot honour is refused here, before any weight is read, because a model
+The field names are those of the hub's ``config.json``; the defaults are the 2B model. Values come
+from the published checkpoints and from Google's ``gemma_pytorch`` (``gemma/config.py``). A file with
+a setting that this package cannot honour is refused here, before any weight is read, because a model
 that silently ignores a setting gives plausible nonsense.
 """
 
@@ -35,28 +35,28 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "2b": {},
-    "9b": dict(
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-    ),
-    "27b": dict(
-        hidden_size=4608,
-        intermediate_size=36864,
-        num_hidden_layers=46,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        head_dim=128,
-        query_pre_attn_scalar=144,
-    ),
+    "9b": {
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+    },
+    "27b": {
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 144,
+    },
 }
 
-# Settings of other models and other libraries that change the result. Each is fine at the value given
-# here (what transformers takes when the key is absent) and refused at any other.
+# Settings of other models and other libraries that change the result. Each is fine at the value
+# given here (what transformers takes when the key is absent) and refused at any other.
 _MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "projections with a bias are not part of Gemma 2"),
     "use_bidirectional_attention": ((False, None), "attention here is causal"),
@@ -80,7 +80,7 @@ def _is_int(value: object) -> bool:
 
 
 def _show(value: object) -> str:
-    """Give `value` as it should appear in an error: one line, never the megabytes of a hostile file."""
+    """Give `value` for an error: one line, never the megabytes of a hostile file."""
     try:
         text = repr(value)
     except ValueError:  # an int with more digits than Python agrees to print
@@ -89,7 +89,7 @@ def _show(value: object) -> str:
 
 
 def _said(name: str, value: object, wanted: str) -> str:
-    return _said(name, value, wanted)
+    return f"config: {name} is {_show(value)}: it must be {wanted}"
 
 
 def default_layer_types(num_hidden_layers: int) -> list[str]:
@@ -104,10 +104,10 @@ class Gemma2Config:
     Sizes count elements, `sliding_window` and `max_position_embeddings` count tokens. A soft cap of
     None means no cap. `num_attention_heads * head_dim` need not equal `hidden_size`.
 
-    `num_labels`, `id2label`, `label2id`, `problem_type` and `classifier_dropout` (of the token head)
-    serve the classification heads. `dtype` is the name of the checkpoint's dtype ("bfloat16"), None
-    if unknown. `extra` holds the keys of the file that this package does not know; they are written
-    back unchanged.
+    `num_labels`, `id2label`, `label2id`, `problem_type` and `classifier_dropout` (of the token
+    head) serve the classification heads. `dtype` is the name of the checkpoint's dtype
+    ("bfloat16"), None if unknown. `extra` holds the keys of the file that this package does not
+    know; they are written back unchanged.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -176,7 +176,8 @@ class Gemma2Config:
         """Give the window of `layer` in tokens, counting the token itself; 0 on full layers."""
         if self.layer_types[layer] == FULL:
             return 0
-        assert self.sliding_window is not None  # validate() refuses a sliding layer without a window
+        # validate() refuses a sliding layer without a window
+        assert self.sliding_window is not None
         return self.sliding_window
 
     @property
@@ -199,9 +200,9 @@ class Gemma2Config:
             name = str(self.dtype).removeprefix("torch.")
             self.dtype = None if name == "auto" else name
         self._fill_labels()
-        if _is_int(self.num_hidden_layers) and 0 < self.num_hidden_layers <= _MAX_LAYERS:
-            if self.layer_types is None:
-                self.layer_types = default_layer_types(self.num_hidden_layers)
+        counted = _is_int(self.num_hidden_layers) and 0 < self.num_hidden_layers <= _MAX_LAYERS
+        if self.layer_types is None and counted:
+            self.layer_types = default_layer_types(self.num_hidden_layers)
         if isinstance(self.layer_types, tuple):
             self.layer_types = list(self.layer_types)
         self.validate()
@@ -210,9 +211,7 @@ class Gemma2Config:
     def _fill_labels(self) -> None:
         if self.id2label is not None:
             if not isinstance(self.id2label, Mapping):
-                raise TypeError(
-                    f"config: id2label is {_show(self.id2label)}: it must map a label's number to its name"
-                )
+                raise TypeError(_said("id2label", self.id2label, "an object of number: name"))
             labels: dict[int, str] = {}
             for key, name in self.id2label.items():
                 try:
@@ -221,8 +220,8 @@ class Gemma2Config:
                     number = -1
                 if isinstance(key, (bool, float)) or not isinstance(name, str) or number < 0:
                     raise TypeError(
-                        f"config: id2label has {_show(key)}: {_show(name)}: it must map a label's "
-                        "number to its name"
+                        f"config: id2label has {_show(key)}: {_show(name)}: it must map a "
+                        "label's number to its name"
                     )
                 labels[number] = name
             if self.num_labels == 2:  # the default: the names decide
@@ -252,7 +251,7 @@ class Gemma2Config:
         known = _FIELDS & set(self.extra)
         if known:
             raise ValueError(
-                f"config: extra holds {sorted(known)}, which are fields of their own: pass them as arguments"
+                f"config: extra holds {sorted(known)}: these are fields, pass them as arguments"
             )
         _check_honoured(self.extra)
 
@@ -270,23 +269,23 @@ class Gemma2Config:
         ):
             value, top = getattr(self, name), limits.get(name, _MAX_SIZE)
             if not _is_int(value):
-                raise TypeError(f"config: {name} is {_show(value)}: it must be a positive integer")
+                raise TypeError(_said(name, value, "a positive integer"))
             if not 0 < value <= top:
-                raise ValueError(f"config: {name} is {_show(value)}: it must be between 1 and {top}")
+                raise ValueError(_said(name, value, f"between 1 and {top}"))
         if self.head_dim % 2:
-            raise ValueError(
-                f"config: head_dim is {self.head_dim}: it must be even, since RoPE rotates its two halves"
-            )
+            wanted = "even, since RoPE rotates its two halves"
+            raise ValueError(_said("head_dim", self.head_dim, wanted))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads is "
-                f"{self.num_key_value_heads}: the number of query heads must be a multiple of the "
-                "number of key/value heads"
+                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads "
+                f"is {self.num_key_value_heads}: the number of query heads must be a multiple of "
+                "the number of key/value heads"
             )
 
     def _validate_numbers(self) -> None:
         for name in ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar"):
-            self._check_number(name, getattr(self, name), "a positive number", low=0.0, open_low=True)
+            value = getattr(self, name)
+            self._check_number(name, value, "a positive number", low=0.0, open_low=True)
         self._check_number(
             "initializer_range", self.initializer_range, "a number that is not negative", low=0.0
         )
@@ -317,12 +316,14 @@ class Gemma2Config:
             raise ValueError(_said(name, value, wanted))
 
     def _validate_layers(self) -> None:
-        wanted = f'a list of {self.num_hidden_layers} times "{SLIDING}" or "{FULL}", one for each layer'
+        wanted = (
+            f'a list of "{SLIDING}" and "{FULL}", one for each of {self.num_hidden_layers} layers'
+        )
         if not isinstance(self.layer_types, list):
-            raise TypeError(f"config: layer_types is {_show(self.layer_types)}: it must be {wanted}")
+            raise TypeError(_said("layer_types", self.layer_types, wanted))
         for i, kind in enumerate(self.layer_types):
             if not isinstance(kind, str) or kind not in (SLIDING, FULL):
-                raise ValueError(f"config: layer_types[{i}] is {_show(kind)}: it must be {wanted}")
+                raise ValueError(_said(f"layer_types[{i}]", kind, f'"{SLIDING}" or "{FULL}"'))
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"config: layer_types has {len(self.layer_types)} entries and num_hidden_layers is "
@@ -331,16 +332,14 @@ class Gemma2Config:
         if self.sliding_window is None:
             if SLIDING in self.layer_types:
                 raise ValueError(
-                    "config: sliding_window is null while layer_types has sliding layers: it must be "
-                    "a positive integer"
+                    "config: sliding_window is None while layer_types has sliding layers: it must "
+                    "be a positive integer"
                 )
         elif not _is_int(self.sliding_window):
             raise TypeError(_said("sliding_window", self.sliding_window, "a positive integer"))
         elif not 0 < self.sliding_window <= _MAX_SIZE:
-            raise ValueError(
-                f"config: sliding_window is {_show(self.sliding_window)}: it must be between 1 and "
-                f"{_MAX_SIZE}"
-            )
+            wanted = f"between 1 and {_MAX_SIZE}"
+            raise ValueError(_said("sliding_window", self.sliding_window, wanted))
 
     def _validate_tokens(self) -> None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -356,27 +355,24 @@ class Gemma2Config:
                 if token < 0:
                     raise ValueError(_said(name, value, wanted))
         if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
-            raise ValueError(
-                f"config: pad_token_id is {_show(self.pad_token_id)}: it must be less than vocab_size, "
-                f"{self.vocab_size}"
-            )
+            wanted = f"less than vocab_size, {self.vocab_size}"
+            raise ValueError(_said("pad_token_id", self.pad_token_id, wanted))
 
     def _validate_labels(self) -> None:
         if not _is_int(self.num_labels):
             raise TypeError(_said("num_labels", self.num_labels, "an integer"))
         if not 0 < self.num_labels <= _MAX_SIZE:
-            raise ValueError(
-                f"config: num_labels is {_show(self.num_labels)}: it must be between 1 and {_MAX_SIZE}"
-            )
+            wanted = f"between 1 and {_MAX_SIZE}"
+            raise ValueError(_said("num_labels", self.num_labels, wanted))
         if self.num_labels > _MAX_LAYERS and not self.id2label:
             raise ValueError(
-                f"config: num_labels is {_show(self.num_labels)} and id2label is missing: more than "
-                f"{_MAX_LAYERS} labels must be named"
+                f"config: num_labels is {_show(self.num_labels)} and id2label is missing: more "
+                f"than {_MAX_LAYERS} labels must be named"
             )
         if len(self.id2label) != self.num_labels:
             raise ValueError(
-                f"config: num_labels is {self.num_labels} and id2label names {len(self.id2label)} labels: "
-                "they must agree"
+                f"config: num_labels is {self.num_labels} and id2label names "
+                f"{len(self.id2label)} labels: they must agree"
             )
         if list(self.id2label) != list(range(self.num_labels)):
             raise ValueError(
@@ -384,36 +380,27 @@ class Gemma2Config:
                 f"0 to {self.num_labels - 1}"
             )
         if not isinstance(self.label2id, Mapping):
-            raise TypeError(
-                f"config: label2id is {_show(self.label2id)}: it must map a label's name to its number"
-            )
+            raise TypeError(_said("label2id", self.label2id, "an object of name: number"))
         for label, number in self.label2id.items():
-            if not isinstance(label, str) or not _is_int(number) or not 0 <= number < self.num_labels:
+            numbered = _is_int(number) and 0 <= number < self.num_labels
+            if not isinstance(label, str) or not numbered:
                 raise ValueError(
-                    f"config: label2id has {_show(label)}: {_show(number)}: it must map a label's name "
-                    f"to a number from 0 to {self.num_labels - 1}"
+                    f"config: label2id has {_show(label)}: {_show(number)}: it must map a label's "
+                    f"name to a number from 0 to {self.num_labels - 1}"
                 )
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ValueError(
-                f"config: problem_type is {_show(self.problem_type)}: it must be one of "
-                f"{', '.join(PROBLEM_TYPES)}, or null"
-            )
+            wanted = f"one of {', '.join(PROBLEM_TYPES)}, or null"
+            raise ValueError(_said("problem_type", self.problem_type, wanted))
 
     def _validate_flags(self) -> None:
         if self.hidden_activation != ACTIVATION:
-            raise ValueError(
-                f"config: hidden_activation is {_show(self.hidden_activation)}: only {ACTIVATION} is supported"
-            )
+            raise ValueError(_said("hidden_activation", self.hidden_activation, ACTIVATION))
         for name in ("use_cache", "tie_word_embeddings", "attention_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"config: {name} is {_show(getattr(self, name))}: it must be true or false"
-                )
+                raise TypeError(_said(name, getattr(self, name), "true or false"))
         _check_honoured({"attention_bias": self.attention_bias})
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(
-                f"config: dtype is {_show(self.dtype)}: it must be one of {', '.join(DTYPES)}, or null"
-            )
+            raise ValueError(_said("dtype", self.dtype, f"one of {', '.join(DTYPES)}, or null"))
         if self.architectures is not None and (
             not isinstance(self.architectures, list)
             or not all(isinstance(name, str) for name in self.architectures)
@@ -424,7 +411,7 @@ class Gemma2Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Gemma2Config:
-        """Give the configuration in `values`, as a parsed ``config.json``; `overrides` replace fields.
+        """Give the configuration in `values`, a parsed ``config.json``; `overrides` replace fields.
 
         Reads both spellings of RoPE (`rope_theta`, `rope_parameters`) and of the dtype (`dtype`,
         `torch_dtype`). Unknown keys go to `extra`.
@@ -464,8 +451,9 @@ class Gemma2Config:
             if name != "query_pre_attn_scalar"
         ):
             warnings.warn(
-                "config: query_pre_attn_scalar is 224 in a Gemma 2 9B: the model was trained with 256, and "
-                "224 is a known error of old conversions. Pass query_pre_attn_scalar=256 to correct it",
+                "config: query_pre_attn_scalar is 224 in a Gemma 2 9B: the model was trained with "
+                "256, and 224 is a known error of old conversions. Pass query_pre_attn_scalar=256 "
+                "to correct it",
                 stacklevel=2,
             )
         return config
@@ -490,7 +478,7 @@ class Gemma2Config:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> Gemma2Config:
-        """Give the configuration in the folder's ``config.json``; raises as `from_json_file` does."""
+        """Give the configuration in the folder's ``config.json``; raises as `from_json_file`."""
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(
@@ -501,7 +489,7 @@ class Gemma2Config:
     # ---- writing --------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what is written to ``config.json``: plain JSON values, both spellings of RoPE and dtype.
+        """Give what is written to ``config.json``: JSON values, both spellings of RoPE and dtype.
 
         Raises:
             TypeError, ValueError: a field was set to a value that makes no sense.
@@ -525,7 +513,7 @@ class Gemma2Config:
         for name in ("architectures", "problem_type"):
             if out[name] is None:
                 del out[name]
-        # As transformers does, labels are written when they say something. num_labels follows from them.
+        # As in transformers, labels are written when they say something; num_labels follows.
         del out["num_labels"]
         if self.id2label == {0: "LABEL_0", 1: "LABEL_1"}:
             del out["id2label"], out["label2id"]
@@ -589,7 +577,7 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     activation = _activation(given)
 
     fields = {name: given.pop(name) for name in list(given) if name in _FIELDS}
-    # null stands for "not set" in these, as in transformers; for the others it is a value or an error
+    # null means "not set" in these, as in transformers; in the others it is a value or an error
     for name in ("layer_types", "id2label", "label2id", "num_labels", "attention_bias"):
         if name in fields and fields[name] is None:
             del fields[name]
@@ -612,12 +600,10 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _activation(given: dict[str, Any]) -> Any:
-    """Take hidden_activation out of `given`; the older hidden_act counts only where it is absent."""
+    """Take hidden_activation out of `given`; the older hidden_act counts where it is absent."""
     value = given.pop("hidden_activation", None)
     if value is None and given.get("hidden_act", ACTIVATION) != ACTIVATION:
-        raise ValueError(
-            f"config: hidden_act is {_show(given['hidden_act'])}: only {ACTIVATION} is supported"
-        )
+        raise ValueError(_said("hidden_act", given["hidden_act"], ACTIVATION))
     return value
 
 
@@ -641,8 +627,8 @@ def _rope_theta(given: dict[str, Any]) -> Any:
             rope_type = entry.get("rope_type", entry.get("type", "default"))
             if rope_type != "default":
                 raise ValueError(
-                    f'config: {label} has rope_type {_show(rope_type)}: only "default" is supported, as '
-                    "published Gemma 2 models have no RoPE scaling"
+                    f'config: {label} has rope_type {_show(rope_type)}: only "default" is '
+                    "supported, as published Gemma 2 models have no RoPE scaling"
                 )
             unknown = set(entry) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
             if unknown:
