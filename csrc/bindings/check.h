@@ -1,0 +1,118 @@
+// What every binding needs to reject bad tensors with an error for the reader: the argument's name, what
+// came and what is wanted. All checks stand before the first allocation or write.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+#include "params/strided.h"
+
+namespace gemma2 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::invalid_argument (Python: ValueError) with the parts streamed into one text.
+template <typename... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream text;
+  ((text << parts), ...);
+  throw std::invalid_argument(text.str());
+}
+
+inline const char* dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(t);
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+// float32, bfloat16 or float16, or an error.
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      check(false, op, ": ", name, " is ", dtype_name(t.scalar_type()),
+            ": float32, bfloat16 or float16 is wanted");
+  }
+  return DType::f32;
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType wanted) {
+  check(t.scalar_type() == wanted, op, ": ", name, " is ", dtype_name(t.scalar_type()), ": ",
+        dtype_name(wanted), " is wanted");
+}
+inline void check_same_dtype(const char* op, const char* a_name, const Tensor& a,
+                             const char* b_name, const Tensor& b) {
+  check(a.scalar_type() == b.scalar_type(), op, ": ", a_name, " is ", dtype_name(a.scalar_type()),
+        " and ", b_name, " is ", dtype_name(b.scalar_type()), ": they must be the same");
+}
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim,
+                      const char* layout) {
+  check(t.dim() == dim, op, ": ", name, " has shape ", shape_of(t), ": ", layout, " is wanted");
+}
+inline void check_cpu(const char* op, const char* name, const Tensor& t) {
+  check(t.is_cpu(), op, ": ", name, " is not on the CPU, as the other arguments are");
+}
+inline void check_dense_last(const char* op, const char* name, const Tensor& t) {
+  check(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ", name,
+        " has stride ", t.dim() ? t.stride(t.dim() - 1) : 0,
+        " in its last dimension: 1 is wanted (call .contiguous())");
+}
+inline void check_contiguous(const char* op, const char* name, const Tensor& t) {
+  check(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+inline Strides3 strides3(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Rows of a tensor whose leading dimensions fold into one stride: [.., n] -> [rows, n].
+struct Rows {
+  int64_t rows, stride;
+  Tensor tensor;  // keeps a copy alive where one was needed
+};
+inline Rows as_rows(const Tensor& t) {
+  const int64_t n = t.size(t.dim() - 1);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  if (t.is_contiguous()) return {rows, n, t};
+  if (t.dim() == 2 && t.stride(1) == 1) return {rows, t.stride(0), t};
+  return {rows, n, torch::stable::contiguous(t)};
+}
+
+}  // namespace gemma2

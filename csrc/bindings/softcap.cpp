@@ -1,0 +1,28 @@
+#include "params/softcap.h"
+
+#include "bindings/check.h"
+#include "cpu/kernels.h"
+
+namespace gemma2 {
+namespace {
+
+Tensor softcap(const Tensor& x, double cap) {
+  check_cpu("softcap", "x", x);
+  const DType dtype = float_dtype("softcap", "x", x);
+  check(cap > 0, "softcap: cap is ", cap, ": a positive number is wanted");
+  const Tensor dense = torch::stable::contiguous(x);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  cpu_kernels().softcap({
+      .x = dense.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .n = dense.numel(),
+      .cap = static_cast<float>(cap),
+      .dtype = dtype,
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace gemma2
+
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("softcap", TORCH_BOX(&gemma2::softcap)); }

@@ -1,0 +1,47 @@
+// Who sees whom: the one place where causality, length, window, documents and the ring's base meet.
+//
+// A position counts a row's real tokens. The query at position p sees the keys [lo, hi):
+//   hi = min(p + 1, kv_len)                                 causal, and no key that does not exist
+//   lo = max(0, kv_start, k_base, p - window + 1)           document, buffer, window (which counts p itself)
+// Both bounds grow with p as long as kv_start does, so a block of queries sees the union
+// [lo(first), hi(last)), and key blocks outside it are never touched.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/mutate.h"
+
+#ifdef __CUDACC__
+#define GEMMA2_HOST_DEVICE __host__ __device__
+#else
+#define GEMMA2_HOST_DEVICE
+#endif
+
+namespace gemma2 {
+
+struct KeyRange {
+  int64_t lo, hi;  // visible iff lo <= j < hi; empty when lo >= hi
+};
+
+// window 0 is unbounded. kv_start 0 where there are no documents.
+GEMMA2_HOST_DEVICE static inline KeyRange visible_keys(int64_t p, int64_t kv_len, int64_t kv_start,
+                                                       int64_t k_base, int64_t window) {
+  int64_t hi = p + 1;
+  if (mutated(Mutation::future_visible)) hi += 1;
+  if (hi > kv_len) hi = kv_len;
+  int64_t lo = kv_start > k_base ? kv_start : k_base;
+  if (lo < 0) lo = 0;
+  if (window > 0) {
+    int64_t first = p - window + 1;
+    if (mutated(Mutation::window_off_by_one)) first -= 1;
+    if (first > lo) lo = first;
+  }
+  return {lo, hi};
+}
+
+// Slot of position p in a buffer of `capacity` slots whose slot 0 holds k_base (0 for a ring).
+GEMMA2_HOST_DEVICE static inline int64_t slot_of(int64_t p, int64_t k_base, int64_t capacity) {
+  return (p - k_base) % capacity;
+}
+
+}  // namespace gemma2

@@ -1,0 +1,56 @@
+"""Google's Gemma 2 on hand-written kernels.
+
+>>> import gemma2
+>>> model = gemma2.Gemma2ForCausalLM.from_pretrained("path/to/gemma-2-2b", dtype="bfloat16")
+>>> tokenizer = gemma2.Tokenizer.from_pretrained("path/to/gemma-2-2b")
+>>> ids = model.generate(tokenizer(["The sun is"])["input_ids"], max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Loaded at first use, so that `gemma2 --help` need not wait for torch.
+_EXPORTS = {
+    "Gemma2Config": "gemma2.config",
+    "CheckpointError": "gemma2.checkpoint",
+    "HybridCache": "gemma2.cache",
+    "Gemma2Model": "gemma2.model",
+    "Gemma2PreTrainedModel": "gemma2.model",
+    "Gemma2ForCausalLM": "gemma2.heads",
+    "Gemma2ForSequenceClassification": "gemma2.heads",
+    "Gemma2ForTokenClassification": "gemma2.heads",
+    "GenerationConfig": "gemma2.generation",
+    "TextStreamer": "gemma2.generation",
+    "Tokenizer": "gemma2.tokenizer",
+}
+
+__all__ = [*sorted(_EXPORTS), "__version__", "ops", "reference", "tiny"]
+
+if TYPE_CHECKING:
+    from gemma2.cache import HybridCache
+    from gemma2.checkpoint import CheckpointError
+    from gemma2.config import Gemma2Config
+    from gemma2.generation import GenerationConfig, TextStreamer
+    from gemma2.heads import (
+        Gemma2ForCausalLM,
+        Gemma2ForSequenceClassification,
+        Gemma2ForTokenClassification,
+    )
+    from gemma2.model import Gemma2Model, Gemma2PreTrainedModel
+    from gemma2.tokenizer import Tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in ("ops", "reference", "tiny"):
+        return importlib.import_module(f"gemma2.{name}")
+    raise AttributeError(f"module 'gemma2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
