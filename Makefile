@@ -1,26 +1,79 @@
-# `make help` lists the targets.
+# `make help` lists the targets. Everything is installed into .venv, nothing outside it.
 SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A build needs a torch to compile against; this one is small, since it has no CUDA libraries.
+# Any torch from 2.10 on; this release is small on PyPI's CPU mirrors. Override: make dev TORCH=torch==2.11.0
 TORCH ?= torch==2.13.0
-JOBS ?= $(shell nproc)
+# A second torch, on which the library that was built against the first one must run unchanged.
+SECOND_TORCH ?= torch==2.14.1
+PYTEST_ARGS ?=
+OP ?=
+PIP_INSTALL := $(BIN)/pip install -q --disable-pip-version-check
+BUILD := $(PIP_INSTALL) --no-build-isolation
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
+.PHONY: help demo test dev lint format mutations second-torch bench accuracy clean
 
 help:  ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-
-$(VENV)/.build-requirements: $(BIN)/python
-	$(BIN)/pip install -q $(TORCH) numpy "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
+$(VENV)/.build-requirements:
+	@command -v $(PYTHON) >/dev/null || { echo "gemma2 needs Python 3.10 or newer: install it or say make PYTHON=..." >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "gemma2 needs a C++20 compiler, such as g++ 11: install one or set CXX" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) $(TORCH) numpy "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.26" ninja
 	@touch $@
 
-dev: $(VENV)/.build-requirements  ## An editable build: Python files are live, C++ is rebuilt by the next `make dev`
-	@flock .git/gemma2-build.lock $(BIN)/pip install -q --no-build-isolation --no-deps -e . && $(BIN)/pip install -q $$($(BIN)/python -c "import tomllib; print(*[repr(d) for d in tomllib.load(open('pyproject.toml','rb'))['project']['dependencies'][1:]])" 2>/dev/null || echo safetensors numpy tokenizers tqdm)
+demo: $(VENV)/.build-requirements  ## Install, then write definitions and classify glosses with the embedded model
+	$(BUILD) .
+	@echo
+	$(BIN)/gemma2 info
+	@echo
+	$(BIN)/gemma2 generate --seed 1 --stats "a small bird"
+	@echo
+	$(BIN)/gemma2 generate --seed 1 --stats "to run quickly"
+	@echo
+	$(BIN)/gemma2 classify "a large wild cat with stripes"
+	@echo
+	$(BIN)/gemma2 classify "move very fast on foot"
 
-.PHONY: help dev
+dev: $(VENV)/.build-requirements  ## An editable build: Python files are live, C++ is rebuilt by the next `make dev`
+	flock $(VENV)/.build-lock $(BUILD) -e .
+
+$(VENV)/.test-requirements: $(VENV)/.build-requirements
+	$(PIP_INSTALL) "pytest>=8" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2"
+	$(PIP_INSTALL) --target $(VENV)/transformers5 --upgrade "transformers>=5.3,<6"
+	@touch $@
+
+test: $(VENV)/.test-requirements dev  ## All tests; PYTEST_ARGS="-k window -x" for some
+	GEMMA2_TEST_TRANSFORMERS5=$(abspath $(VENV))/transformers5 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-requirements  ## ruff, mypy, clang-format
+	$(PIP_INSTALL) ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+format:  ## Rewrite the files as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+mutations: $(VENV)/.test-requirements dev  ## Break the model on purpose, one way at a time, and see the tests fail
+	$(BIN)/python -m tests.mutations
+
+second-torch: dev  ## Run the operator tests of this build on another torch
+	$(BIN)/python -m tests.build.second_torch --torch "$(SECOND_TORCH)" --venv $(VENV)-second
+
+bench: $(VENV)/.test-requirements dev  ## Benchmarks against peers; OP=attention for one
+	$(BIN)/python -m benchmarks.runner $(OP)
+
+accuracy: $(VENV)/.test-requirements dev  ## Our error and transformers' against float64, as a table
+	$(BIN)/python -m benchmarks.accuracy
+
+clean:  ## Remove builds and caches, keep .venv
+	rm -rf build dist gemma2/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
