@@ -1,0 +1,278 @@
+"""The options of generation: names, defaults, checks, and the file `generation_config.json`.
+
+Names and defaults are those of transformers, so that the files of the hub mean here what they mean
+there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig"]
+
+FILE_NAME = "generation_config.json"
+
+# What transformers gives when neither max_new_tokens nor max_length is set.
+DEFAULT_NEW_TOKENS = 20
+
+_MAX_FILE_BYTES = 2**20
+
+# Options of transformers that change the result and are not implemented, with the values at which they
+# do nothing. Anything else is an error when text is generated, never silently ignored.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "assistant_model": (None,),
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "constraints": (None, []),
+    "custom_generate": (None,),
+    "diversity_penalty": (None, 0.0),
+    "dola_layers": (None,),
+    "early_stopping": (None, False),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "length_penalty": (None, 1.0),
+    "logits_processor": (None, []),
+    "max_time": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "negative_prompt_ids": (None,),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "output_logits": (None, False),
+    "output_scores": (None, False),
+    "penalty_alpha": (None, 0.0),
+    "position_ids": (None,),
+    "prefix_allowed_tokens_fn": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "renormalize_logits": (None, False),
+    "return_dict_in_generate": (None, False),
+    "sequence_bias": (None,),
+    "stop_strings": (None, []),
+    "stopping_criteria": (None, []),
+    "suppress_tokens": (None, []),
+    "token_healing": (None, False),
+    "typical_p": (None, 1.0),
+    "use_cache": (None, True),
+    "watermarking_config": (None,),
+}
+
+
+def refuse_unsupported(options: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError for the first option that asks for what is not implemented.
+
+    Args:
+        options: names and values; names that are not known here are left to the caller.
+        source: where they come from, for the error's text.
+    """
+    for name, value in options.items():
+        neutral = UNSUPPORTED.get(name)
+        # `is` and types first: comparing a tensor or an array with == gives no bool
+        if neutral is None or value is None:
+            continue
+        if not any(type(value) in (type(n), int, float) and value == n for n in neutral):
+            shown = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+            default = neutral[-1]
+            raise ValueError(
+                f"generate: {name} is {shown} ({source}): this option is not supported yet; "
+                f"leave it out or set it to {default}"
+            )
+
+
+def _error(name: str, value: object, wanted: str) -> str:
+    return f"generate: {name} is {value!r}: it must be {wanted}"
+
+
+def _integer(name: str, value: object, wanted: str, least: int = 0) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(_error(name, value, wanted)) from None
+    if number < least:
+        raise ValueError(_error(name, value, wanted))
+    return number
+
+
+def _real(name: str, value: object, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(_error(name, value, wanted))
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(_error(name, value, wanted))
+    return number
+
+
+def _token_ids(name: str, value: Any, wanted: str) -> int | list[int]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1):
+        return [_integer(name, item, wanted) for item in value]
+    return _integer(name, value, wanted)
+
+
+@dataclass
+class GenerationConfig:
+    """How to generate. What a field leaves at None is taken from the model's own settings.
+
+    max_new_tokens: how many tokens to generate at most. None: `max_length`; both None: 20.
+    max_length: columns of prompt and new tokens together. `max_new_tokens` wins over it.
+    do_sample: False takes the most probable token each time (greedy).
+    temperature: divides the logits before sampling; 0 is greedy.
+    top_k: keeps the k most probable tokens; 0 keeps all.
+    top_p: keeps the fewest tokens whose probabilities sum to at least top_p, in (0, 1].
+    min_p: keeps the tokens with at least min_p times the probability of the most probable one.
+    repetition_penalty: divides positive and multiplies negative logits of tokens that occurred in
+        the prompt or the text so far (Keskar et al. 2019, arXiv 1909.05858); also when greedy.
+    num_return_sequences: samples per prompt; they stand next to each other in the output.
+    bos_token_id, eos_token_id, pad_token_id: special tokens; several ends of text may be given as a
+        list, an empty list generates on regardless.
+    extra: keys of the file that have no meaning here; they are written back unchanged.
+
+    The order is: penalty, temperature, top-k, top-p, min-p.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if getattr(self, item.name) is None and item.default is not dataclasses.MISSING:
+                setattr(self, item.name, item.default)
+        for name in ("max_new_tokens", "max_length"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, _integer(name, value, "an int of at least 1, or None", least=1))
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(_error("do_sample", self.do_sample, "a bool"))
+        self.temperature = _real("temperature", self.temperature, "a number of at least 0")
+        if self.temperature < 0:
+            raise ValueError(_error("temperature", self.temperature, "a number of at least 0"))
+        self.top_k = _integer("top_k", self.top_k, "an int of at least 0 (0 keeps all tokens)")
+        self.top_p = _real("top_p", self.top_p, "a number in (0, 1]")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(_error("top_p", self.top_p, "a number in (0, 1]"))
+        self.min_p = _real("min_p", self.min_p, "a number in [0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(_error("min_p", self.min_p, "a number in [0, 1]"))
+        self.repetition_penalty = _real(
+            "repetition_penalty", self.repetition_penalty, "a number above 0 (1 does nothing)"
+        )
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                _error("repetition_penalty", self.repetition_penalty, "a number above 0 (1 does nothing)")
+            )
+        self.num_return_sequences = _integer(
+            "num_return_sequences", self.num_return_sequences, "an int of at least 1", least=1
+        )
+        for name in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, _integer(name, value, "a token id (an int of at least 0), or None"))
+        if self.eos_token_id is not None:
+            self.eos_token_id = _token_ids(
+                "eos_token_id", self.eos_token_id, "a token id (an int of at least 0) or a list of them"
+            )
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All ids that end a text; empty if none does."""
+        if self.eos_token_id is None:
+            return []
+        return [self.eos_token_id] if isinstance(self.eos_token_id, int) else self.eos_token_id
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
+        """Give the config that `values` (the content of the file) describes; null is the default."""
+        known = {item.name for item in dataclasses.fields(cls)} - {"extra"}
+        given = {name: value for name, value in values.items() if name in known and value is not None}
+        extra = {name: value for name, value in values.items() if name not in known}
+        return cls(**given, extra=extra)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> GenerationConfig:
+        """Read a `generation_config.json`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not JSON, not an object, or holds a value that makes no sense.
+        """
+        path = Path(path)
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise ValueError(f"{path}: {size} bytes are too many for a generation config")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: a JSON object is wanted, this is a {type(values).__name__}")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> GenerationConfig:
+        """Read the folder's `generation_config.json`; the defaults if it has none."""
+        path = Path(folder) / FILE_NAME
+        return cls.from_json_file(path) if path.exists() else cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what belongs into the file: the fields that differ from the defaults, and `extra`."""
+        out = dict(self.extra)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name != "extra" and value != item.default:
+                out[item.name] = value
+        return out
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `generation_config.json` into the folder, whole or not at all."""
+        path = Path(folder) / FILE_NAME
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def replaced(self, **given: Any) -> GenerationConfig:
+        """Give a copy in which the arguments that are not None take the place of the fields."""
+        return dataclasses.replace(
+            self, **{name: value for name, value in given.items() if value is not None}
+        )
