@@ -1,9 +1,9 @@
 """Configuration of a Gemma 2 model: read, checked and written in the layout of the hub.
 
 The field names are those of the hub's ``config.json``; the defaults are the 2B model. Values come
-from the published checkpoints and from Google's ``gemma_pytorch`` (``gemma/config.py``). A file with
-a setting that this package cannot honour is refused here, before any weight is read, because a model
-that silently ignores a setting gives plausible nonsense.
+from the published checkpoints and from Google's ``gemma_pytorch`` (``gemma/config.py``). A file
+with a setting that this package cannot honour is refused here, before any weight is read, because a
+model that silently ignores a setting gives plausible nonsense.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ ACTIVATION = "gelu_pytorch_tanh"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# A layer list, a module list and an index array are made of these before any weight is seen: a file
-# that claims a billion layers must not take the memory of a billion layers.
-_MAX_LAYERS = 10_000
-_MAX_SIZE = 2**31 - 1
+# Lists, modules and tensors without memory are made of these before any weight is seen: a file that
+# claims a billion layers must not take the memory of a billion layers, nor may a product overflow.
+_MAX_LAYERS = 1000
+_MAX_LABELS = 100_000
+_MAX_SIZE = 2**24
+_MAX_HEADS = 2**16
+_MAX_TOKENS = 2**31 - 1
 _MAX_CONFIG_BYTES = 16 * 2**20
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -227,7 +230,7 @@ class Gemma2Config:
             if self.num_labels == 2:  # the default: the names decide
                 self.num_labels = len(labels)
             self.id2label = dict(sorted(labels.items()))
-        elif _is_int(self.num_labels) and 0 < self.num_labels <= _MAX_LAYERS:
+        elif _is_int(self.num_labels) and 0 < self.num_labels <= _MAX_LABELS:
             self.id2label = {i: f"LABEL_{i}" for i in range(self.num_labels)}
         else:
             self.id2label = {}
@@ -256,7 +259,13 @@ class Gemma2Config:
         _check_honoured(self.extra)
 
     def _validate_sizes(self) -> None:
-        limits = {"num_hidden_layers": _MAX_LAYERS}
+        limits = {
+            "num_hidden_layers": _MAX_LAYERS,
+            "num_attention_heads": _MAX_HEADS,
+            "num_key_value_heads": _MAX_HEADS,
+            "head_dim": _MAX_HEADS,
+            "max_position_embeddings": _MAX_TOKENS,
+        }
         for name in (
             "vocab_size",
             "hidden_size",
@@ -277,9 +286,9 @@ class Gemma2Config:
             raise ValueError(_said("head_dim", self.head_dim, wanted))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads "
-                f"is {self.num_key_value_heads}: the number of query heads must be a multiple of "
-                "the number of key/value heads"
+                f"config: num_attention_heads is {self.num_attention_heads}, num_key_value_heads is "
+                f"{self.num_key_value_heads}: the number of query heads must be a multiple of the "
+                "number of key/value heads"
             )
 
     def _validate_numbers(self) -> None:
@@ -316,9 +325,7 @@ class Gemma2Config:
             raise ValueError(_said(name, value, wanted))
 
     def _validate_layers(self) -> None:
-        wanted = (
-            f'a list of "{SLIDING}" and "{FULL}", one for each of {self.num_hidden_layers} layers'
-        )
+        wanted = f'a list of {self.num_hidden_layers} times "{SLIDING}" or "{FULL}"'
         if not isinstance(self.layer_types, list):
             raise TypeError(_said("layer_types", self.layer_types, wanted))
         for i, kind in enumerate(self.layer_types):
@@ -337,8 +344,8 @@ class Gemma2Config:
                 )
         elif not _is_int(self.sliding_window):
             raise TypeError(_said("sliding_window", self.sliding_window, "a positive integer"))
-        elif not 0 < self.sliding_window <= _MAX_SIZE:
-            wanted = f"between 1 and {_MAX_SIZE}"
+        elif not 0 < self.sliding_window <= _MAX_TOKENS:
+            wanted = f"between 1 and {_MAX_TOKENS}"
             raise ValueError(_said("sliding_window", self.sliding_window, wanted))
 
     def _validate_tokens(self) -> None:
@@ -361,14 +368,9 @@ class Gemma2Config:
     def _validate_labels(self) -> None:
         if not _is_int(self.num_labels):
             raise TypeError(_said("num_labels", self.num_labels, "an integer"))
-        if not 0 < self.num_labels <= _MAX_SIZE:
-            wanted = f"between 1 and {_MAX_SIZE}"
+        if not 0 < self.num_labels <= _MAX_LABELS:
+            wanted = f"between 1 and {_MAX_LABELS}"
             raise ValueError(_said("num_labels", self.num_labels, wanted))
-        if self.num_labels > _MAX_LAYERS and not self.id2label:
-            raise ValueError(
-                f"config: num_labels is {_show(self.num_labels)} and id2label is missing: more "
-                f"than {_MAX_LAYERS} labels must be named"
-            )
         if len(self.id2label) != self.num_labels:
             raise ValueError(
                 f"config: num_labels is {self.num_labels} and id2label names "
@@ -421,6 +423,11 @@ class Gemma2Config:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"config: got {_show(values)}: it must be a mapping of names to values")
+        unknown = set(overrides) - _FIELDS - {"rope_parameters", "rope_scaling", "extra"}
+        if unknown:
+            raise TypeError(
+                f"config: {', '.join(sorted(unknown))}: no such argument, and no setting of Gemma 2"
+            )
         fields = _canonical(values)
         changes = _canonical(overrides)
         extra = {**fields.pop("extra"), **changes.pop("extra")}

@@ -1,0 +1,256 @@
+"""Saving a model in the hub's layout, so that a reader finds the old, the new, or a clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma2.config import Gemma2Config
+from gemma2.weights import (
+    CONFIG,
+    DTYPES,
+    LM_HEAD,
+    REPLACING,
+    SAFE,
+    SAFE_INDEX,
+    PathLike,
+    progress_bar,
+    slots_of,
+)
+
+GENERATION_CONFIG = "generation_config.json"
+_WRITING = ".saving-"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SAVED_AS = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _parse_size(size: int | str) -> int:
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+    text = str(size).strip().upper()
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text)
+    if isinstance(size, bool) or not found or found[2] not in units:
+        raise ValueError(
+            f'save_pretrained: max_shard_size is {size!r}: it must be bytes, or like "5GB"'
+        )
+    count = int(float(found[1]) * units[found[2]])
+    if count < 1:
+        raise ValueError(f"save_pretrained: max_shard_size is {size!r}: it must be at least 1 byte")
+    return count
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Give what is written: every parameter and persistent buffer once, under its first name."""
+    out = {}
+    for slot in slots_of(model):
+        name, tensor = slot.names[0], slot.tensor
+        if tensor.is_meta:
+            raise ValueError(f"save_pretrained: {name} is on the meta device: it has no values yet")
+        if tensor.dtype not in _SAVED_AS:
+            raise ValueError(f"save_pretrained: {name} has dtype {tensor.dtype}, which has no name")
+        out[name] = tensor.detach()
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and LM_HEAD in out:
+        embedding = out.get("model.embed_tokens.weight")
+        if embedding is None or not torch.equal(embedding, out[LM_HEAD]):
+            raise ValueError(
+                "save_pretrained: lm_head.weight differs from the embedding while "
+                "config.tie_word_embeddings is True: a reader would drop it. Set it to False first"
+            )
+        del out[LM_HEAD]
+    return out
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
+    """Give file name -> tensor names in order; one is above `limit` only with one tensor."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        count = tensor.numel() * tensor.element_size()
+        if groups[-1] and size + count > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    if len(groups) == 1:
+        return {SAFE: groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        for i, group in enumerate(groups, start=1)
+    }
+
+
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[Any]:
+    """Open `path` for writing and leave only when its bytes are on the disk."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "posix":  # other systems cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], object]
+) -> None:
+    """Write one file tensor by tensor, so that the peak is one tensor and not one shard.
+
+    The format: uint64 length of the header, the header as JSON padded with spaces, the data. Wider
+    types come first and the data begins at a multiple of 64 bytes, so that each tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAVED_AS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    with _synced(path) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for _, tensor in ordered:
+            if tensor.numel():
+                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(flat.numpy().data)
+            advance(tensor.numel() * tensor.element_size())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _synced(path) as file:
+        file.write(text.encode())
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: PathLike,
+    max_shard_size: int | str = "5GB",
+    progress: bool | None = None,
+) -> None:
+    """Write `model` into `folder` in the hub's layout, readable by transformers 4 and 5.
+
+    Writes ``config.json`` (with the class and the weights' dtype), ``generation_config.json`` if
+    the model has a `generation_config`, and ``model.safetensors`` or shards of at most
+    `max_shard_size` (bytes, "5GB" = 5e9, "5GiB" = 5 * 2**30) with their index. A tied head is not
+    written.
+
+    Everything is first written and synced in a hidden folder inside; only then are the files moved
+    into place by renaming, with the file that makes the weights visible removed first and moved
+    last. Interrupted before that moment, the folder is as it was; during it, loading says what
+    happened. Other files in the folder stay; shards of an older checkpoint are removed.
+
+    Raises:
+        ValueError: a size that cannot be read, a model on the meta device, a head that is no longer
+            equal to the embedding to which the configuration ties it.
+        OSError: the disk refused; the folder is as it was.
+    """
+    limit = _parse_size(max_shard_size)
+    tensors = _saved_tensors(model)
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"save_pretrained: {path} is a file: give a folder")
+    texts = {CONFIG: _config_text(model)}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        values = generation.to_dict()
+        texts[GENERATION_CONFIG] = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    shards = _shards(tensors, limit)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    entry = SAFE
+    if SAFE not in shards:
+        entry = SAFE_INDEX
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[SAFE_INDEX] = json.dumps(index, indent=2) + "\n"
+
+    created = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    writing, replacing = path / (_WRITING + token), path / (REPLACING + token)
+    try:
+        writing.mkdir()
+        with progress_bar(total, f"Saving {path.name}", progress) as advance:
+            for file, names in shards.items():
+                part = {name: tensors[name] for name in names}
+                _write_safetensors(writing / file, part, advance)
+        for file, text in texts.items():
+            _write_text(writing / file, text)
+        _sync_folder(writing)
+        # From here on a reader must not mix old and new files: the new name says so.
+        writing.rename(replacing)
+        _sync_folder(path)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):  # somebody else has put a file there
+                path.rmdir()
+        raise
+    for old in (SAFE, SAFE_INDEX):
+        (path / old).unlink(missing_ok=True)
+    for file in [*(name for name in (*texts, *shards) if name != entry), entry]:
+        (replacing / file).replace(path / file)
+    _sync_folder(path)
+    replacing.rmdir()
+    _remove_stale(path, set(shards))
+    _sync_folder(path)
+
+
+def _config_text(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    if not isinstance(config, Gemma2Config):
+        raise TypeError(f"save_pretrained: model.config is {config!r}: it must be a Gemma2Config")
+    dtype = next(model.parameters()).dtype
+    written = dataclasses.replace(
+        config,
+        architectures=[type(model).__name__],
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return written.to_json()
+
+
+def _remove_stale(folder: Path, shards: set[str]) -> None:
+    """Remove the shards of an older checkpoint and what interrupted saves have left."""
+    for item in folder.iterdir():
+        if _SHARD.fullmatch(item.name) and item.name not in shards:
+            item.unlink(missing_ok=True)
+        elif item.name.startswith(REPLACING):
+            shutil.rmtree(item, ignore_errors=True)
+        elif item.name.startswith(_WRITING):
+            # another process may be at work in a young one
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - item.stat().st_mtime > 3600:
+                    shutil.rmtree(item, ignore_errors=True)

@@ -1,0 +1,326 @@
+"""Weights on disk: which files there are, and what they say about their tensors.
+
+None of it is trusted: names in an index cannot leave the folder, pickles are read with
+``weights_only``, and names, shapes and dtypes are known before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from gemma2.config import read_json
+
+CONFIG = "config.json"
+SAFE = "model.safetensors"
+SAFE_INDEX = "model.safetensors.index.json"
+BIN = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+LM_HEAD = "lm_head.weight"
+
+# A folder of this name inside the checkpoint's is there while a save replaces files (saving.py).
+REPLACING = ".replacing-"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_PROGRESS_BYTES = 10**9
+
+PathLike = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded into the model. The text lists all that is wrong.
+
+    `missing`, `unexpected`, `mismatched` and `wrong_dtype` hold the names of the tensors concerned.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: list[str] | None = None,
+        unexpected: list[str] | None = None,
+        mismatched: list[str] | None = None,
+        wrong_dtype: list[str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing or []
+        self.unexpected = unexpected or []
+        self.mismatched = mismatched or []
+        self.wrong_dtype = wrong_dtype or []
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file says about one tensor. `dtype` is None if it is none that a weight can have."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    dtype_name: str
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class _File(Protocol):
+    def infos(self) -> dict[str, TensorInfo]: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class _SafetensorsFile:
+    """One safetensors file. The library checks the header against the file's length at opening."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as handle:
+                yield handle
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path}: not a readable safetensors file: {error}"
+            ) from error
+
+    def infos(self) -> dict[str, TensorInfo]:
+        found = {}
+        with self._open() as handle:
+            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+                part = handle.get_slice(name)
+                dtype = str(part.get_dtype())
+                found[name] = TensorInfo(
+                    self.path, tuple(part.get_shape()), DTYPES.get(dtype), dtype
+                )
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        # Opened for every tensor: the mapping ends with the tensor, and with it the pages of the
+        # file that count as memory of this process.
+        with self._open() as handle:
+            tensor: Tensor = handle.get_tensor(name)
+            return tensor
+
+
+class _PickleFile:
+    """One file of torch.save. Read with weights_only: tensors and containers, no code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            try:
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                # the format from before torch 1.6 cannot be mapped
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: refused: it is damaged, or holds more than tensors"
+            ) from error
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        ):
+            raise CheckpointError(f"{self.path}: it must hold a dict of names and tensors")
+        for name, tensor in state.items():
+            size = tensor.numel() * tensor.element_size()
+            if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < size:
+                raise CheckpointError(
+                    f"{self.path}: {name} of shape {list(tensor.shape)} is not stored in full"
+                )
+        return state
+
+    def infos(self) -> dict[str, TensorInfo]:
+        known = set(DTYPES.values())
+        return {
+            name: TensorInfo(
+                self.path,
+                tuple(tensor.shape),
+                tensor.dtype if tensor.dtype in known else None,
+                str(tensor.dtype).removeprefix("torch."),
+            )
+            for name, tensor in self._load().items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        return self._load()[name]
+
+
+@dataclass
+class Weights:
+    """The tensors of a checkpoint: what is where, without reading them.
+
+    `tensors` maps a name to what its file says; `entry` is the file that was found first;
+    `problems` are sentences about names on which the index and the files disagree.
+    """
+
+    folder: Path
+    entry: Path
+    tensors: dict[str, TensorInfo]
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, name: str) -> Tensor:
+        """Give the tensor `name` on the CPU, in its file's dtype, mapped from the file."""
+        return _reader(self.tensors[name].file).tensor(name)
+
+
+def _reader(path: Path) -> _File:
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
+
+
+def checked_folder(folder: PathLike) -> Path:
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{path}: {what}: give the folder with {CONFIG} and {SAFE} (nothing is downloaded)"
+        )
+    return path
+
+
+def find_weights(folder: PathLike) -> Weights:
+    """Find the weights in `folder` and read the names, shapes and dtypes in them, not the values.
+
+    The first of ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin`` and
+    ``pytorch_model.bin.index.json`` counts.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no weights.
+        CheckpointError: an index is malformed, names a file outside the folder or a missing one, or
+            a file is damaged.
+    """
+    path = checked_folder(folder)
+    unfinished = sorted(path.glob(REPLACING + "*"))
+    if unfinished:
+        raise CheckpointError(
+            f"{path}: a save was interrupted while it replaced the files. Save again, or move the "
+            f"rest of the new files from {unfinished[0].name} into the folder and remove it"
+        )
+    for name in (SAFE, SAFE_INDEX, BIN, BIN_INDEX):
+        entry = path / name
+        if not entry.is_file():
+            continue
+        if name in (SAFE, BIN):
+            return Weights(path, entry, _reader(entry).infos())
+        return _from_index(path, entry)
+    held = ", ".join(sorted(item.name for item in path.iterdir())[:20]) or "nothing"
+    raise FileNotFoundError(f"{path}: no {SAFE}, {SAFE_INDEX} or {BIN} here; it holds {held}")
+
+
+def _from_index(folder: Path, entry: Path) -> Weights:
+    try:
+        index = read_json(entry)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{entry}: weight_map must be an object of tensor names and files")
+    files: dict[str, dict[str, TensorInfo]] = {}
+    absent = []
+    for file in dict.fromkeys(
+        value if isinstance(value, str) else repr(value) for value in weight_map.values()
+    ):
+        shard = _inside(folder, file, entry)
+        if not shard.is_file():
+            absent.append(file)
+            continue
+        files[file] = _reader(shard).infos()
+    if absent:
+        raise CheckpointError(f"{entry}: it names files that are missing: {', '.join(absent)}")
+    weights = Weights(folder, entry, {})
+    for name, file in weight_map.items():
+        if name in files[file]:
+            weights.tensors[name] = files[file][name]
+        else:
+            weights.problems.append(f"{entry.name} puts {name} into {file}, which does not hold it")
+    for file, infos in files.items():
+        for name in infos:
+            if name not in weight_map:
+                weights.problems.append(f"{file} holds {name}, which {entry.name} does not name")
+    return weights
+
+
+def _inside(folder: Path, name: str, entry: Path) -> Path:
+    """Give the path of the shard `name`, which an untrusted index names."""
+    wanted = "the name of a .safetensors or .bin file in the same folder"
+    if (
+        name != Path(name).name
+        or "\\" in name
+        or "\0" in name
+        or Path(name).suffix not in (".safetensors", ".bin")
+    ):
+        raise CheckpointError(f"{entry}: weight_map names the file {name!r}: it must be {wanted}")
+    path = folder / name
+    target = path.resolve()
+    allowed = [folder.resolve()]
+    # The hub's cache keeps snapshots/<revision>/<name> as links into blobs/ beside it.
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise CheckpointError(
+            f"{entry}: weight_map names the file {name!r}, a link to {target}: it must be {wanted}"
+        )
+    return path
+
+
+@dataclass
+class Slot:
+    """One parameter or persistent buffer of the model, with all names that it goes by."""
+
+    tensor: Tensor
+    names: list[str]
+    source: str | None = None  # the name in the file
+    twins: list[str] = field(default_factory=list)  # further names in the file for a tied weight
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    slots: dict[int, Slot] = {}
+    hidden = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in named:
+        if name not in hidden:
+            slots.setdefault(id(tensor), Slot(tensor, [])).names.append(name)
+    return list(slots.values())
+
+
+@contextlib.contextmanager
+def progress_bar(
+    total: int, title: str, progress: bool | None
+) -> Iterator[Callable[[int], object]]:
+    if progress is None:
+        progress = total > _PROGRESS_BYTES
+    if not progress:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True) as bar:
+        yield bar.update
