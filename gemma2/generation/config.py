@@ -143,6 +143,7 @@ class GenerationConfig:
     repetition_penalty: divides positive and multiplies negative logits of tokens that occurred in
         the prompt or the text so far (Keskar et al. 2019, arXiv 1909.05858); also when greedy.
     num_return_sequences: samples per prompt; they stand next to each other in the output.
+    prefill_chunk_size: prompt tokens read at a time; None: 2048.
     bos_token_id, eos_token_id, pad_token_id: special tokens; several ends of text may be given as a
         list, an empty list generates on regardless.
     extra: keys of the file that have no meaning here; they are written back unchanged.
@@ -163,6 +164,7 @@ class GenerationConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     num_return_sequences: int = 1
+    prefill_chunk_size: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -172,7 +174,7 @@ class GenerationConfig:
         for item in dataclasses.fields(self):
             if getattr(self, item.name) is None and item.default is not dataclasses.MISSING:
                 setattr(self, item.name, item.default)
-        for name in ("max_new_tokens", "max_length"):
+        for name in ("max_new_tokens", "max_length", "prefill_chunk_size"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, _integer(name, value, "an int of at least 1, or None", least=1))
