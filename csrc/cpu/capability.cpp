@@ -44,6 +44,9 @@ Isa choose() {
   std::vector<Isa> usable;
   for (Isa isa : compiled())
     if (processor_has(isa)) usable.push_back(isa);
+  if (usable.empty())
+    throw std::runtime_error("gemma2 was built for " GEMMA2_ISA_LIST
+                             ": this processor can run none of them");
   const char* wanted = std::getenv("GEMMA2_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return usable.back();
   std::string names;
