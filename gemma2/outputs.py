@@ -80,8 +80,9 @@ class ModelOutput(OrderedDict[str, Any]):
         return type(self), values
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Give the fields that are not None, in order."""
-        return tuple(self.values())
+        """Give the fields that are not None, in the order of their declaration."""
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return tuple(value for value in values if value is not None)
 
 
 @dataclass(repr=False, eq=False)

@@ -1,0 +1,643 @@
+"""The key/value cache of Gemma 2: a ring for sliding layers, a plain buffer for full ones.
+
+A position counts a row's real tokens: padding has no position and is never stored, so the rows of
+one batch have lengths of their own. Position p of a layer with C slots lives in slot p mod C; on a
+full layer C is never less than the longest row, so that slot p holds position p.
+
+A ring has C = round_up(window + margin, 128) slots, never more than a plain buffer would need. What
+exceeds the window, C - window, is the real margin: so many positions can be written ahead and taken
+back (`crop`) before a key that is still visible has been overwritten. It is counted from the highest
+position written since `reset`, because that is what has been overwritten.
+
+During one forward call the model asks `begin` (all checks, growth, allocation), lets every layer
+write, and calls `commit` once after the last layer. Whatever fails in between leaves `lengths` as
+they were, and the keys and values below them intact.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gemma2 import ops
+from gemma2.config import Gemma2Config
+
+__all__ = ["CacheSnapshot", "HybridCache", "LayerCache"]
+
+_TILE = 128  # ring capacities and the start of linear buffers are multiples of it
+
+
+def _round_up(n: int, multiple: int = _TILE) -> int:
+    return -(-n // multiple) * multiple
+
+
+def readable(tensor: Tensor) -> bool:
+    """Tell whether values of `tensor` can be looked at without waiting for a device."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+class LayerCache:
+    """Keys and values of one layer, `k` and `v` [B, Hkv, C, D]; None until the first write."""
+
+    def __init__(self, window: int, margin: int) -> None:
+        self.window = window  # 0: a full layer
+        self.capacity = 0  # C
+        self.wraps = False  # whether positions beyond C are possible
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self._requested_margin = margin
+
+    @property
+    def margin(self) -> int:
+        """How many positions can be taken back once the ring has wrapped."""
+        return self.capacity - self.window
+
+    def resize(self, max_cache_len: int) -> None:
+        """Set the capacity for rows of up to `max_cache_len` tokens, keeping what is stored."""
+        capacity = _round_up(max_cache_len)
+        if self.window:
+            capacity = min(capacity, _round_up(self.window + self._requested_margin))
+        self.wraps = capacity < max_cache_len
+        if self.k is not None and self.v is not None and capacity > self.capacity:
+            # A ring grows only while it is shorter than its final size, hence has never wrapped.
+            old = self.k, self.v
+            self.capacity = capacity
+            b, h, _, d = self.k.shape
+            self.allocate(b, h, d, self.k.device, self.k.dtype)
+            self.k[:, :, : old[0].shape[2]] = old[0]
+            self.v[:, :, : old[1].shape[2]] = old[1]
+        self.capacity = max(capacity, self.capacity)
+
+    def allocate(
+        self, batch: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Make `k` and `v` [batch, heads, capacity, head_dim], zero."""
+        shape = (batch, heads, self.capacity, head_dim)
+        # A tensor made in inference mode could not be written to outside of it. Zeros, because
+        # the reference path multiplies hidden slots by 0, and 0 times garbage may be NaN.
+        with torch.inference_mode(False):
+            self.k = torch.zeros(shape, device=device, dtype=dtype)
+            self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def buffers(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Give `k` and `v` of the first `batch` rows, [batch, Hkv, C, D]."""
+        if self.k is None or self.v is None:
+            raise RuntimeError("HybridCache: nothing has been written yet, there are no buffers")
+        if self.k.shape[0] == batch:
+            return self.k, self.v
+        return self.k[:batch], self.v[:batch]
+
+    def holds(self, columns: int) -> bool:
+        """Tell whether a call of `columns` tokens overwrites nothing that it can see."""
+        return not self.wraps or columns <= self.margin + 1
+
+    def as_stored(self, x: Tensor) -> Tensor:
+        """Give x as it would come back from the cache: the chunking must not change results."""
+        return x if self.k is None else x.to(self.k.dtype)
+
+    def kept_and_chunk(
+        self, k: Tensor, v: Tensor, q_start: Tensor, past: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give a linear buffer of the positions still visible, followed by the chunk.
+
+        Args:
+            k, v: the chunk, [B, Hkv, S, D], rotated.
+            q_start: position of its first column, int64 [B].
+            past: tokens in the longest row, or more.
+
+        Returns:
+            keys, values [B, Hkv, kept + S, D] in the cache's dtype, and int64 [B], the position of
+            slot 0: max(0, round_down(q_start - window + 1, 128)); 0 on full layers.
+        """
+        kept = past
+        k_base = torch.zeros_like(q_start)
+        if self.window:
+            first = torch.div(q_start - self.window + 1, _TILE, rounding_mode="floor") * _TILE
+            k_base = first.clamp(min=0)
+            kept = min(past, self.window - 1 + _TILE - 1)
+        return *self.by_position(k, v, q_start, k_base, kept + k.shape[2]), k_base
+
+    def by_position(
+        self, k: Tensor, v: Tensor, q_start: Tensor, k_base: Tensor, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Give keys and values [B, Hkv, width, D] of the positions k_base, k_base + 1, ...
+
+        Positions before q_start come from the cache, the others from the chunk. What neither has
+        (negative positions, those that a ring has lost, those after the chunk) is some other
+        position's entry, which the caller must hide.
+        """
+        batch, _, columns, _ = k.shape
+        k_cache, v_cache = self.buffers(batch)
+        position = k_base[:, None] + torch.arange(width, device=k.device)  # [B, width]
+        chunk = (position - q_start[:, None]).clamp(0, columns - 1) + self.capacity
+        slot = torch.where(position < q_start[:, None], position % self.capacity, chunk)
+        rows = torch.arange(batch, device=k.device)[:, None]
+
+        def pick(cached: Tensor, new: Tensor) -> Tensor:
+            both = torch.cat([cached, new.to(cached.dtype)], dim=2).transpose(1, 2)
+            return both[rows, slot].transpose(1, 2)
+
+        return pick(k_cache, k), pick(v_cache, v)
+
+    def write(self, k: Tensor, v: Tensor, q_start: Tensor, kv_len: Tensor) -> None:
+        """Store the last C real positions of a chunk k, v [B, Hkv, S, D]."""
+        k_cache, v_cache = self.buffers(k.shape[0])
+        with torch.no_grad():
+            ops.cache_write(k_cache, v_cache, k.detach(), v.detach(), q_start, kv_len)
+
+
+@dataclass(eq=False)
+class CacheSnapshot:
+    """What `HybridCache.restore` needs: the rings, the lengths, and not the full layers.
+
+    A full layer keeps every position below the row's length, so nothing of it is copied;
+    `_lowest_write` notes whether one of them has been written again since.
+    """
+
+    lengths: Tensor
+    written: Tensor
+    longest: int
+    rings: list[tuple[Tensor, Tensor] | None]
+    history: tuple[Tensor, Tensor] | None
+    _lowest_write: Tensor = field(repr=False)
+    _owner: weakref.ref[HybridCache] = field(repr=False)
+    _stale: str = ""
+
+
+class HybridCache:
+    """Keys and values of a Gemma 2 model, made by hand or by the model and passed on.
+
+    Args:
+        config: of the model that will use it.
+        max_batch_size: rows; a call may use fewer, then the first ones.
+        max_cache_len: tokens a row can hold. None: grows by doubling.
+        device: None: each layer's keys and values live where the layer does.
+        dtype: None: that of the first write. Another one than the model's is kept and widened by
+            the kernels.
+        margin: at least so many tokens can be taken back after a ring has wrapped.
+
+    Attributes:
+        lengths: int64 [max_batch_size] on the device, real tokens of each row.
+        max_cache_len: tokens a row can hold now.
+        reprocessed: tokens processed again by generation because `crop` could not go back so far.
+
+    Raises:
+        TypeError, ValueError: an argument makes no sense; the text names it.
+    """
+
+    def __init__(
+        self,
+        config: Gemma2Config,
+        max_batch_size: int,
+        max_cache_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        margin: int = 64,
+    ) -> None:
+        if not isinstance(config, Gemma2Config):
+            raise TypeError(
+                f"HybridCache: config is a {type(config).__name__}: it must be a Gemma2Config"
+            )
+        _check_count("max_batch_size", max_batch_size, 1)
+        if max_cache_len is not None:
+            _check_count("max_cache_len", max_cache_len, 1)
+        _check_count("margin", margin, 0)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"HybridCache: dtype is {dtype}: it must be a floating torch.dtype")
+        self.max_batch_size = max_batch_size
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.device = None if device is None else torch.empty(0, device=device).device
+        self.dtype = dtype
+        self.growable = max_cache_len is None
+        self.max_cache_len = 0
+        self.reprocessed = 0
+        self.layers = [
+            LayerCache(config.layer_window(i), margin) for i in range(config.num_hidden_layers)
+        ]
+        self._longest = 0  # upper bound of lengths; exact where lengths are readable
+        self._make_counters(self.device or torch.device("cpu"))
+        # position_ids and start of the document of every position, int64 [B, max_cache_len + 1],
+        # made once they say more than "position p, one document"; the last column takes padding
+        self._history: tuple[Tensor, Tensor] | None = None
+        self._snapshots: weakref.WeakSet[CacheSnapshot] = weakref.WeakSet()
+        if max_cache_len is not None:
+            self._resize(max_cache_len)
+            if self.device is not None and dtype is not None:
+                self._allocate(self.device, dtype)
+
+    def _make_counters(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(self.max_batch_size, dtype=torch.int64, device=device)
+            # one more than the highest position written since reset, [B]
+            self._written = torch.zeros_like(self.lengths)
+
+    # ---- one forward call -----------------------------------------------------------------------
+
+    def check_model(self, config: Gemma2Config, batch: int, device: torch.device) -> None:
+        """Check that this cache fits a model and a batch on `device`; changes nothing.
+
+        Raises:
+            ValueError: another number of layers, key/value heads, head_dim or windows, too many
+                rows, or another device.
+        """
+        windows = [config.layer_window(i) for i in range(config.num_hidden_layers)]
+        for name, ours, theirs in (
+            ("layers", len(self.layers), config.num_hidden_layers),
+            ("key/value heads", self.num_key_value_heads, config.num_key_value_heads),
+            ("as head_dim", self.head_dim, config.head_dim),
+            ("as sliding windows by layer", [layer.window for layer in self.layers], windows),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"past_key_values: the cache has {ours} {name}, the model {theirs}: make the "
+                    "cache with the model's own config"
+                )
+        if batch > self.max_batch_size:
+            raise ValueError(
+                f"past_key_values: the batch has {batch} rows, the cache max_batch_size "
+                f"{self.max_batch_size}: make a cache with more rows"
+            )
+        home = self.device if self._is_empty() else self.lengths.device
+        if home is not None and home != device:
+            raise ValueError(
+                f"past_key_values: the cache is on {home}, the model's input on {device}: make the "
+                "cache with device=None, so that it lives where its layers live"
+            )
+
+    def _is_empty(self) -> bool:
+        return self._longest == 0 and all(layer.k is None for layer in self.layers)
+
+    def place(self, device: torch.device) -> None:
+        """Move the counters of a cache that has stored nothing yet to `device`."""
+        if self.lengths.device != device:
+            self._make_counters(device)
+
+    def begin(self, q_start: Tensor, kv_len: Tensor, columns: int, dtype: torch.dtype) -> None:
+        """Make room for a call: check for overflow, grow if allowed, allocate.
+
+        Args:
+            q_start, kv_len: int64 [B], position of column 0 and real tokens after the call.
+            columns: tokens of the call, padding included.
+            dtype: of the keys and values, used where the cache has none of its own.
+
+        Raises:
+            ValueError: more tokens than max_cache_len; nothing has been changed.
+        """
+        need = self._longest + columns
+        if readable(kv_len) or (need > self.max_cache_len and not torch.compiler.is_compiling()):
+            # Exact. On another device this waits, but only where padding may save the call.
+            need = int(kv_len.max()) if kv_len.numel() else 0
+        if need > self.max_cache_len:
+            if not self.growable:
+                raise ValueError(
+                    f"past_key_values: the call needs room for {need} tokens in a row, "
+                    f"max_cache_len is {self.max_cache_len}: make a larger cache, call "
+                    f"grow({need}), or pass max_cache_len=None to grow on demand"
+                )
+            self._resize(_round_up(max(need, 2 * self.max_cache_len)))
+        if any(layer.k is None for layer in self.layers):
+            self._allocate(q_start.device, self.dtype or dtype)
+        batch = q_start.shape[0]
+        for snapshot in self._snapshots:
+            # an empty chunk writes nothing, and q_start is below zero only where nothing is kept
+            first = torch.where(kv_len > self.lengths[:batch], q_start.clamp(min=0), kv_len)
+            low = snapshot._lowest_write
+            low[:batch].copy_(torch.minimum(low[:batch], first))
+        if all(layer.holds(columns) for layer in self.layers):
+            # Written as the layers go, so counted even if a later layer fails. Longer calls write
+            # after the last layer, or have nothing to lose.
+            self._count_written(kv_len)
+
+    def _count_written(self, kv_len: Tensor) -> None:
+        written = self._written[: kv_len.shape[0]]
+        written.copy_(torch.maximum(written, kv_len))
+
+    def commit(self, q_start: Tensor, kv_len: Tensor, columns: int) -> None:
+        """Count the call's tokens: the last step of a forward call."""
+        batch = kv_len.shape[0]
+        self._count_written(kv_len)
+        self.lengths[:batch].copy_(kv_len)
+        self._longest = (
+            int(self.lengths.max()) if readable(self.lengths) else self._longest + columns
+        )
+
+    # ---- documents and position ids -------------------------------------------------------------
+
+    def last_token(self, batch: int) -> tuple[Tensor, Tensor] | None:
+        """Give position_id and document start of each row's last token, int64 [batch].
+
+        None if every token's position_id is its position and every row is one document. An empty
+        row has position_id -1 and document start 0.
+        """
+        if self._history is None:
+            return None
+        lengths = self.lengths[:batch]
+        last = (lengths - 1).clamp(min=0)[:, None]
+        position_id, start = (t[:batch].gather(1, last)[:, 0] for t in self._history)
+        empty = lengths == 0
+        return position_id.masked_fill(empty, -1), start.masked_fill(empty, 0)
+
+    def record(
+        self, q_start: Tensor, kv_len: Tensor, position_ids: Tensor, kv_start: Tensor | None
+    ) -> None:
+        """Keep position_ids [B, S] and document starts [B, S] of a call's real tokens."""
+        slots = self.max_cache_len
+        if self._history is None:
+            with torch.inference_mode(False):
+                plain = torch.arange(slots + 1, device=q_start.device)
+                ids = plain.repeat(self.max_batch_size, 1)
+                self._history = ids, torch.zeros_like(ids)
+        batch, columns = position_ids.shape
+        position = q_start[:, None] + torch.arange(columns, device=q_start.device)
+        real = (position >= 0) & (position < kv_len[:, None])
+        slot = position.masked_fill(~real, slots)
+        ids, starts = self._history
+        ids[:batch].scatter_(1, slot, position_ids)
+        starts[:batch].scatter_(1, slot, torch.zeros_like(slot) if kv_start is None else kv_start)
+
+    @property
+    def has_history(self) -> bool:
+        """Whether position ids or documents other than the plain ones are being kept."""
+        return self._history is not None
+
+    def first_held(self, batch: int) -> Tensor:
+        """Give the lowest position that the sliding layers still hold, int64 [batch]."""
+        held = [layer.capacity for layer in self.layers if layer.wraps]
+        written = self._written[:batch]
+        return (written - min(held)).clamp(min=0) if held else torch.zeros_like(written)
+
+    # ---- what callers do with it ----------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Give the tokens in the longest row; exact, past the window too.
+
+        On a device that would have to be waited for: an upper bound, equal to it unless a call
+        had padding in every row.
+        """
+        return int(self.lengths.max()) if readable(self.lengths) else self._longest
+
+    def get_max_cache_shape(self) -> int:
+        """Give max_cache_len, under the name that transformers uses."""
+        return self.max_cache_len
+
+    @property
+    def margin(self) -> int:
+        """How many tokens can be taken back after the window has been passed."""
+        return min((layer.margin for layer in self.layers if layer.wraps), default=self._longest)
+
+    def crop(self, n: int | Tensor) -> None:
+        """Keep the first n tokens of every row; a negative n drops the last -n.
+
+        Args:
+            n: int, or int64 [rows] with an n for each of the first rows. Rows with fewer tokens
+                than a positive n stay as they are.
+
+        Raises:
+            ValueError: a row would have fewer than 0 tokens, or a ring has lost keys that the row
+                would see; the text names the smallest possible n, and nothing has been changed.
+        """
+        rows = self.lengths.shape[0]
+        if isinstance(n, Tensor):
+            if n.dtype != torch.int64 or n.dim() != 1 or n.shape[0] > rows:
+                raise ValueError(
+                    f"crop: n is {n.dtype} {list(n.shape)}: it must be an int or an int64 tensor "
+                    f"of at most {rows} rows"
+                )
+            rows = n.shape[0]
+            wanted = n.to(self.lengths.device)
+        elif isinstance(n, int) and not isinstance(n, bool):
+            wanted = torch.full_like(self.lengths, n)
+        else:
+            raise TypeError(f"crop: n is a {type(n).__name__}: it must be an int or a tensor")
+        lengths, written = self.lengths[:rows], self._written[:rows]
+        target = torch.where(wanted < 0, lengths + wanted, torch.minimum(wanted, lengths))
+        # rows that are not in use have nothing to drop
+        target = target.masked_fill(lengths == 0, 0)
+        floor = torch.zeros_like(written)
+        for layer in self.layers:
+            if layer.wraps:
+                lost = torch.where(written > layer.capacity, written - layer.margin, 0)
+                floor = torch.maximum(floor, lost)
+        # with nothing kept there is nothing to miss, so 0 is always possible
+        bad = (target < 0) | ((target < floor) & (target > 0))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            least, length = int(floor[row]), int(lengths[row])
+            raise ValueError(
+                f"crop: n is {int(wanted[row])} and row {row} has {length} tokens, "
+                f"{int(written[row])} at its longest: the smallest possible n is {least} (or "
+                f"{least - length}). What came before has been overwritten in the sliding layers; "
+                "use snapshot() and restore() to go back further"
+            )
+        self.lengths[:rows].copy_(target)
+        self._written[:rows].masked_fill_(target == 0, 0)
+        self._longest = int(self.lengths.max())
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Put a copy of row beam_idx[i] in row i.
+
+        Args:
+            beam_idx: int64 [n], n at most max_batch_size. Repeats and more rows than are in use
+                are allowed.
+
+        Raises:
+            ValueError: wrong dtype or shape, or (where it can be read) an index out of range.
+        """
+        rows = self.max_batch_size
+        if beam_idx.dtype not in (torch.int64, torch.int32) or beam_idx.dim() != 1:
+            raise ValueError(
+                f"reorder: beam_idx is {beam_idx.dtype} {list(beam_idx.shape)}: it must be int64 [n]"
+            )
+        if beam_idx.shape[0] > rows:
+            raise ValueError(
+                f"reorder: beam_idx has {beam_idx.shape[0]} rows, the cache has {rows}"
+            )
+        if readable(beam_idx) and bool(((beam_idx < 0) | (beam_idx >= rows)).any()):
+            raise ValueError(
+                f"reorder: beam_idx is {beam_idx.tolist()}: rows are numbered 0 to {rows - 1}"
+            )
+
+        def permute(tensor: Tensor | None) -> None:
+            if tensor is not None:
+                index = beam_idx.to(tensor.device)
+                tensor[: index.shape[0]] = tensor.index_select(0, index)
+
+        for layer in self.layers:
+            permute(layer.k)
+            permute(layer.v)
+        for tensor in (self.lengths, self._written, *(self._history or ())):
+            permute(tensor)
+        for snapshot in self._snapshots:
+            snapshot._stale = "rows have been reordered since"
+        if readable(self.lengths):
+            self._longest = int(self.lengths.max())
+
+    reorder_cache = reorder
+
+    def reset(self) -> None:
+        """Forget every token; the memory stays."""
+        self.lengths.zero_()
+        self._written.zero_()
+        self._longest = 0
+        self._history = None
+
+    def snapshot(self) -> CacheSnapshot:
+        """Give a copy of the rings and lengths, to come back to this point by `restore`."""
+        with torch.inference_mode(False), torch.no_grad():
+            rings = [
+                (layer.k.clone(), layer.v.clone())
+                if layer.window and layer.k is not None and layer.v is not None
+                else None
+                for layer in self.layers
+            ]
+            history = self._history
+            taken = CacheSnapshot(
+                self.lengths.clone(),
+                self._written.clone(),
+                self._longest,
+                rings,
+                None if history is None else (history[0].clone(), history[1].clone()),
+                torch.full_like(self.lengths, torch.iinfo(torch.int64).max),
+                weakref.ref(self),
+            )
+        self._snapshots.add(taken)
+        return taken
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Go back to where `snapshot` was taken; it can be restored again later.
+
+        Raises:
+            ValueError: it is of another cache, rows have been reordered, or positions that it
+                covers have been written again in the full layers, which it does not copy.
+        """
+        if not isinstance(snapshot, CacheSnapshot):
+            raise TypeError(
+                f"restore: got a {type(snapshot).__name__}: it must be what snapshot() gave"
+            )
+        if snapshot._owner() is not self:
+            raise ValueError("restore: the snapshot is of another cache")
+        if snapshot._stale:
+            raise ValueError(f"restore: the snapshot is of no use: {snapshot._stale}")
+        again = snapshot._lowest_write < snapshot.lengths
+        if bool(again.any()):
+            row = int(again.nonzero()[0])
+            raise ValueError(
+                f"restore: row {row} had {int(snapshot.lengths[row])} tokens, and position "
+                f"{int(snapshot._lowest_write[row])} has been written again since: a snapshot "
+                "keeps the sliding layers only"
+            )
+        with torch.no_grad():
+            for layer, ring in zip(self.layers, snapshot.rings, strict=True):
+                if ring is not None and layer.k is not None and layer.v is not None:
+                    slots = ring[0].shape[2]  # fewer than now if the cache has grown since
+                    layer.k[:, :, :slots] = ring[0]
+                    layer.v[:, :, :slots] = ring[1]
+            self.lengths.copy_(snapshot.lengths)
+            self._written.copy_(snapshot.written)
+            self._longest = snapshot.longest
+            self._history = None
+            if snapshot.history is not None:
+                with torch.inference_mode(False):
+                    ids, starts = (t.clone() for t in snapshot.history)
+                self._history = self._padded(ids), self._padded(starts)
+
+    def grow(self, new_max_len: int) -> None:
+        """Make room for `new_max_len` tokens in a row, keeping what is stored.
+
+        Raises:
+            ValueError: new_max_len is less than max_cache_len.
+        """
+        _check_count("new_max_len", new_max_len, 1)
+        if new_max_len < self.max_cache_len:
+            raise ValueError(
+                f"grow: new_max_len is {new_max_len}, max_cache_len is {self.max_cache_len}: a "
+                "cache does not shrink"
+            )
+        self._resize(new_max_len)
+
+    def advance(self, n: int) -> None:
+        """Count n tokens on the host, for whoever replays a graph that advanced `lengths`.
+
+        Raises:
+            ValueError: n is negative, or the sum exceeds max_cache_len; nothing has been changed.
+        """
+        _check_count("n", n, 0)
+        if self._longest + n > self.max_cache_len:
+            raise ValueError(
+                f"advance: {n} tokens after {self._longest} exceed max_cache_len, "
+                f"{self.max_cache_len}"
+            )
+        self._longest += n
+
+    # ---- memory ---------------------------------------------------------------------------------
+
+    def _resize(self, max_cache_len: int) -> None:
+        for layer in self.layers:
+            layer.resize(max_cache_len)
+        self.max_cache_len = max_cache_len
+        if self._history is not None:
+            ids, starts = self._history
+            self._history = self._padded(ids), self._padded(starts)
+
+    def _padded(self, history: Tensor) -> Tensor:
+        """Give `history` with a column for each of max_cache_len positions and one for padding."""
+        missing = self.max_cache_len + 1 - history.shape[1]
+        with torch.inference_mode(False):
+            return torch.nn.functional.pad(history, (0, missing)) if missing else history
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        for layer in self.layers:
+            if layer.k is None:
+                layer.allocate(
+                    self.max_batch_size, self.num_key_value_heads, self.head_dim, device, dtype
+                )
+        self.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values allocated so far."""
+        tensors = (t for layer in self.layers for t in (layer.k, layer.v) if t is not None)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Give (k, v) of a layer, [max_batch_size, Hkv, C, D]: slot p mod C holds position p."""
+        return self.layers[layer_idx].buffers(self.max_batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self) -> bool:
+        return True  # an empty cache is still a cache
+
+    def __repr__(self) -> str:
+        rings = [layer for layer in self.layers if layer.window]
+        kinds = [f"{len(self.layers) - len(rings)} full layers of {_round_up(self.max_cache_len)}"]
+        if rings:
+            kinds.append(
+                f"{len(rings)} sliding layers of {rings[0].capacity} slots (window "
+                f"{rings[0].window})"
+            )
+        where: Sequence[object] = (self.dtype or "dtype of the first write", self.lengths.device)
+        return (
+            f"HybridCache({', '.join(kinds)}; longest row {self.get_seq_length()} of "
+            f"{self.max_cache_len}, {self.max_batch_size} rows, {where[0]} on {where[1]}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"HybridCache: {name} is {value!r}: it must be an integer")
+    if value < least:
+        raise ValueError(f"HybridCache: {name} is {value}: it must be at least {least}")
