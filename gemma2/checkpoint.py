@@ -28,6 +28,7 @@ from gemma2.config import Gemma2Config
 from gemma2.saving import save_pretrained
 from gemma2.weights import (
     DTYPES,
+    GENERATION_CONFIG,
     LM_HEAD,
     CheckpointError,
     PathLike,
@@ -324,7 +325,8 @@ def from_pretrained(
 ) -> Model:
     """Build `cls` from the folder's ``config.json`` and weights; give it in eval mode.
 
-    `config` stands in for the file; `config_overrides` replace single fields of either. The other
+    A causal model also takes its settings from ``generation_config.json``, if there is one. `config`
+    stands in for the file; `config_overrides` replace single fields of either. The other
     arguments are those of `load_state_dict_into`.
 
     Raises:
@@ -341,4 +343,17 @@ def from_pretrained(
     with torch.device("meta"):
         model = cls(config)
     load_state_dict_into(model, weights, resolved, device, progress, new_head=new_head)
+    _read_generation_config(model, weights)
     return model.eval()
+
+
+def _read_generation_config(model: nn.Module, weights: Weights) -> None:
+    """Give a model that generates the folder's settings; special tokens not named there stay."""
+    own = getattr(model, "generation_config", None)
+    if own is None or not (weights.folder / GENERATION_CONFIG).is_file():
+        return
+    read = type(own).from_pretrained(weights.folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(read, name) is None:
+            setattr(read, name, getattr(own, name))
+    model.generation_config = read

@@ -302,10 +302,11 @@ class Gemma2Config:
             if getattr(self, name) is not None:
                 wanted = "a positive number, or null for no cap"
                 self._check_number(name, getattr(self, name), wanted, low=0.0, open_low=True)
-        for name in ("attention_dropout", "classifier_dropout"):
-            self._check_number(
-                name, getattr(self, name), "a probability below 1", low=0.0, high=1.0
-            )
+        wanted = "a probability below 1"
+        self._check_number("classifier_dropout", self.classifier_dropout, wanted, low=0.0, high=1.0)
+        wanted = "0, since attention weights are never stored; inference does not use it anyway"
+        dropout = self.attention_dropout
+        self._check_number("attention_dropout", dropout, wanted, low=0.0, high=1e-30)
 
     @staticmethod
     def _check_number(

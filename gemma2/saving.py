@@ -22,6 +22,7 @@ from gemma2.config import Gemma2Config
 from gemma2.weights import (
     CONFIG,
     DTYPES,
+    GENERATION_CONFIG,
     LM_HEAD,
     REPLACING,
     SAFE,
@@ -31,7 +32,6 @@ from gemma2.weights import (
     slots_of,
 )
 
-GENERATION_CONFIG = "generation_config.json"
 _WRITING = ".saving-"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SAVED_AS = {dtype: name for name, dtype in DTYPES.items()} | {

@@ -1,8 +1,8 @@
 """Text to token ids and back: ``tokenizer.json`` or ``tokenizer.model``, in the hub's layout.
 
 The begin-of-sequence token is part of Gemma 2's input: a prompt without it gives bad text and ruins
-scores, one with two of them gives worse text. So it is added by default, and never twice: not when the
-text already begins with it, and not by the file's own post-processor, which is not run.
+scores, one with two of them gives worse text. So it is added by default, and never twice: not when
+the text already begins with it, and not by the file's own post-processor, which is not run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _NAMES = {"bos": ("<bos>", "<s>"), "eos": ("<eos>", "</s>"), "pad": ("<pad>",)}
 _TURN, _END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_WAIT = 8  # tokens; a character has at most four bytes
 
 
 class _Backend(Protocol):
@@ -86,8 +87,8 @@ class _SentencePieceBackend:
     def __init__(self, path: Path) -> None:
         if importlib.util.find_spec("sentencepiece") is None:
             raise ImportError(
-                f"{path}: reading it needs sentencepiece: pip install 'gemma2[sentencepiece]', or put a "
-                f"{TOKENIZER_JSON} beside it"
+                f"{path}: reading it needs sentencepiece: pip install 'gemma2[sentencepiece]', or "
+                f"put a {TOKENIZER_JSON} beside it"
             )
         from sentencepiece import SentencePieceProcessor
 
@@ -122,7 +123,8 @@ class _SentencePieceBackend:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         if skip_special_tokens:
             return str(self._library.decode([i for i in ids if not self._library.is_control(i)]))
-        text, run = "", []
+        text = ""
+        run: list[int] = []
         for i in ids:
             if self._library.is_control(i):
                 text += str(self._library.decode(run)) + str(self._library.id_to_piece(i))
@@ -147,8 +149,8 @@ class DecodeStream:
     """Text from token ids that come one by one, cut only between whole characters.
 
     A character may be spread over several tokens (bytes of an emoji); `put` gives "" until it is
-    complete. What was given is never taken back. Decoding looks back a few tokens, so a step costs the
-    same at any length.
+    complete. What was given is never taken back. Decoding looks back a few tokens, so a step costs
+    the same at any length.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -161,9 +163,11 @@ class DecodeStream:
         """Take one token id; give the text that it completes, "" if none."""
         self._ids.append(int(token))
         before, text = self._texts()
-        # Letters that are still coming show as replacement characters at the end. Real ones are held
-        # back too, until the next letter or the end.
-        if text.endswith(_REPLACEMENT) or len(text) <= len(before):
+        # Letters that are still coming show as replacement characters at the end. Real ones are
+        # held back too, until the next letter, the end, or more tokens than a letter can need.
+        if len(text) <= len(before):
+            return ""
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._given < _LONGEST_WAIT:
             return ""
         self._ids = self._ids[self._given :]
         self._given = len(self._ids)
@@ -217,7 +221,7 @@ class Tokenizer:
         return cls(backend, read_json(config) if config.is_file() else None)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer and ``tokenizer_config.json`` into `folder`, which is made if absent."""
+        """Write the tokenizer and ``tokenizer_config.json`` into `folder`, made if absent."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         self._backend.save(path / self._backend.file)
@@ -241,8 +245,8 @@ class Tokenizer:
             number = self._backend.number(named)
             if number is None:
                 raise ValueError(
-                    f"{TOKENIZER_CONFIG}: {kind}_token is {named!r}, which {self._backend.file} does "
-                    "not know"
+                    f"{TOKENIZER_CONFIG}: {kind}_token is {named!r}, which {self._backend.file} "
+                    "does not know"
                 )
             return number
         found = (self._backend.number(name) for name in _NAMES[kind])
@@ -310,8 +314,8 @@ class Tokenizer:
         if pad is None:
             if any(len(row) != longest for row in encoded):
                 raise ValueError(
-                    "tokenizer: the texts differ in length and there is no padding token: name one as "
-                    f"pad_token in {TOKENIZER_CONFIG}"
+                    "tokenizer: the texts differ in length and there is no padding token: name one "
+                    f"as pad_token in {TOKENIZER_CONFIG}"
                 )
             pad = 0  # never used
         ids = torch.full((len(encoded), longest), pad, dtype=torch.int64)
@@ -329,9 +333,9 @@ class Tokenizer:
     ) -> list[int]:
         """Give the ids of a conversation in the form that the instruction-tuned models know.
 
-        `messages` are {"role", "content"} with the roles "user" and "assistant" (or "model") in turn,
-        the user first. `add_generation_prompt`: end with the head of the model's turn. The result has
-        one begin-of-sequence token: give it to the model as it is, do not tokenise it again.
+        `messages` are {"role", "content"} with the roles "user" and "assistant" (or "model") in
+        turn, the user first. `add_generation_prompt`: end with the head of the model's turn. The
+        result has one begin-of-sequence token: give it to the model as it is.
         Format: the chat template of google/gemma-2-2b-it.
 
         Raises:
@@ -339,22 +343,20 @@ class Tokenizer:
         """
         for token in (_TURN, _END_OF_TURN):
             if self._backend.number(token) is None:
-                raise ValueError(
-                    f"encode_chat: this tokenizer has no {token}: it knows no conversations"
-                )
+                raise ValueError(f"encode_chat: the vocabulary has no {token}: it knows no turns")
         text = ""
         for i, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             if role == "system":
                 raise ValueError(
-                    "encode_chat: Gemma 2 has no system role: put the text at the beginning of the first "
-                    "user message, followed by an empty line"
+                    "encode_chat: Gemma 2 has no system role: put the text at the beginning of the "
+                    "first user message, followed by an empty line"
                 )
             wanted = "assistant" if i % 2 else "user"
             if role != wanted and not (role == "model" and wanted == "assistant"):
                 raise ValueError(
-                    f"encode_chat: messages[{i}] has the role {role!r}: it must be {wanted!r}, since user "
-                    "and assistant take turns"
+                    f"encode_chat: messages[{i}] has the role {role!r}: it must be {wanted!r}, "
+                    "since user and assistant take turns"
                 )
             if not isinstance(content, str):
                 raise TypeError(
@@ -384,8 +386,8 @@ class Tokenizer:
         for number in numbers:
             if number < 0 or self._backend.token(number) is None:
                 raise ValueError(
-                    f"decode: {number} is no id of this tokenizer, which has {self.vocab_size} tokens: "
-                    "does it belong to the model?"
+                    f"decode: {number} is no id of this tokenizer, which has {self.vocab_size} "
+                    "tokens: does it belong to the model?"
                 )
         return self._backend.decode(numbers, skip_special_tokens)
 
@@ -396,5 +398,5 @@ class Tokenizer:
         return [self.decode(row, skip_special_tokens) for row in rows]
 
     def decode_stream(self, skip_special_tokens: bool = True) -> DecodeStream:
-        """Give a decoder for ids that come one by one: `put(id)` and at the end `end()` give text."""
+        """Give a decoder for ids that come one by one: `put(id)` and finally `end()` give text."""
         return DecodeStream(self, skip_special_tokens)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gemma2.config import read_json
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 SAFE = "model.safetensors"
 SAFE_INDEX = "model.safetensors.index.json"
 BIN = "pytorch_model.bin"
