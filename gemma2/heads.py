@@ -35,7 +35,7 @@ IGNORED = -100
 _TOKENS_AT_A_TIME = 256
 
 
-class Gemma2ForCausalLM(Gemma2PreTrainedModel, GenerationMixin):
+class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
     """Gemma 2 that predicts the next token; its head shares the embedding's weight if tied."""
 
     _tied_weights_keys = ("lm_head.weight",)

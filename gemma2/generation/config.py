@@ -26,8 +26,8 @@ DEFAULT_NEW_TOKENS = 20
 
 _MAX_FILE_BYTES = 2**20
 
-# Options of transformers that change the result and are not implemented, with the values at which they
-# do nothing. Anything else is an error when text is generated, never silently ignored.
+# Options of transformers that change the result and are not implemented, with the values at which
+# they do nothing. Anything else is an error when text is generated, never silently ignored.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
     "assistant_model": (None,),
@@ -90,7 +90,8 @@ def refuse_unsupported(options: Mapping[str, Any], source: str) -> None:
         if neutral is None or value is None:
             continue
         if not any(type(value) in (type(n), int, float) and value == n for n in neutral):
-            shown = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+            simple = isinstance(value, (bool, int, float, str))
+            shown = repr(value) if simple else f"a {type(value).__name__}"
             default = neutral[-1]
             raise ValueError(
                 f"generate: {name} is {shown} ({source}): this option is not supported yet; "
@@ -124,7 +125,8 @@ def _real(name: str, value: object, wanted: str) -> float:
 
 
 def _token_ids(name: str, value: Any, wanted: str) -> int | list[int]:
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1):
+    scalar = isinstance(value, (str, bytes)) or getattr(value, "ndim", None) == 0
+    if isinstance(value, Iterable) and not scalar:
         return [_integer(name, item, wanted) for item in value]
     return _integer(name, value, wanted)
 
@@ -190,24 +192,21 @@ class GenerationConfig:
         self.min_p = _real("min_p", self.min_p, "a number in [0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(_error("min_p", self.min_p, "a number in [0, 1]"))
-        self.repetition_penalty = _real(
-            "repetition_penalty", self.repetition_penalty, "a number above 0 (1 does nothing)"
-        )
+        penalty = "a number above 0 (1 does nothing)"
+        self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, penalty)
         if self.repetition_penalty <= 0:
-            raise ValueError(
-                _error("repetition_penalty", self.repetition_penalty, "a number above 0 (1 does nothing)")
-            )
+            raise ValueError(_error("repetition_penalty", self.repetition_penalty, penalty))
         self.num_return_sequences = _integer(
             "num_return_sequences", self.num_return_sequences, "an int of at least 1", least=1
         )
+        token = "a token id (an int of at least 0)"
         for name in ("bos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, _integer(name, value, "a token id (an int of at least 0), or None"))
+                setattr(self, name, _integer(name, value, f"{token}, or None"))
         if self.eos_token_id is not None:
-            self.eos_token_id = _token_ids(
-                "eos_token_id", self.eos_token_id, "a token id (an int of at least 0) or a list of them"
-            )
+            wanted = f"{token}, or a list of them"
+            self.eos_token_id = _token_ids("eos_token_id", self.eos_token_id, wanted)
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -218,10 +217,10 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationConfig:
-        """Give the config that `values` (the content of the file) describes; null is the default."""
+        """Give the config that `values`, the content of the file, describes; null = default."""
         known = {item.name for item in dataclasses.fields(cls)} - {"extra"}
-        given = {name: value for name, value in values.items() if name in known and value is not None}
-        extra = {name: value for name, value in values.items() if name not in known}
+        given = {name: values[name] for name in values if name in known}
+        extra = {name: values[name] for name in values if name not in known}
         return cls(**given, extra=extra)
 
     @classmethod
@@ -254,7 +253,7 @@ class GenerationConfig:
         return cls.from_json_file(path) if path.exists() else cls()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give what belongs into the file: the fields that differ from the defaults, and `extra`."""
+        """Give what belongs into the file: fields that differ from the defaults, and `extra`."""
         out = dict(self.extra)
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

@@ -1,9 +1,9 @@
 """`generate` and `stream`, mixed into the causal model.
 
-Before the loop, everything is checked and made ready: options, cache, seed. What of the prompt is not
-in the cache yet is packed, each row's real tokens first, so that padding costs no more than the
-longest row, wherever it stood, and is read in chunks of bounded memory. Each later step
-reads one token a row. A row that has ended is masked and no longer written to the cache.
+Before the loop, everything is checked and made ready: options, cache, seed. What the cache does not
+hold of the prompt yet is packed to the right, wherever its padding stood, and read in chunks of
+bounded memory. Each later step reads one token a row. A row that has ended is masked and no longer
+written to the cache.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gemma2.cache import HybridCache
+from gemma2.config import Gemma2Config
 from gemma2.generation.config import (
     DEFAULT_NEW_TOKENS,
     UNSUPPORTED,
@@ -29,13 +31,21 @@ from gemma2.generation.config import (
 from gemma2.generation.sampling import Sampler
 from gemma2.generation.streamers import Streamer
 
+if TYPE_CHECKING:
+    from gemma2.model import Gemma2Model
+
 __all__ = ["GenerationMixin"]
 
-# Tokens read at a time from a prompt: enough to run at full speed, 0.3 GB of activations in a 2B.
+# Tokens read at a time from a prompt: enough to run at full speed, 0.2 GB of activations in a 2B.
 PREFILL_CHUNK = 2048
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+Self = TypeVar("Self", bound="GenerationMixin")
 
 
 @dataclass
@@ -43,14 +53,14 @@ class _Run:
     """One call of generate, checked and ready to go.
 
     prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
-    pending: [B, P] int64, or [B, P, hidden_size], what the cache does not hold yet, packed to the
-        left; B rows, of which `repeats` copies each are made after it has been read: N = B repeats.
-    counts: int64 [B], how many of the P columns are real; None: all.
+    pending: int64 [B, P], or [B, P, hidden_size], what the cache does not hold yet, padded at the
+        left; `repeats` copies of each row are made after it has been read: N = B repeats.
+    mask: bool [B, P], True = token; None: all are.
     """
 
     prompt: Tensor
     pending: Tensor
-    counts: Tensor | None
+    mask: Tensor | None
     repeats: int
     chunk: int
     new_tokens: int
@@ -62,20 +72,38 @@ class _Run:
 
 
 class GenerationMixin(nn.Module):
-    """Gives a causal model `generate`, `stream` and a `generation_config`."""
+    """Gives a causal model `generate`, `stream` and a `generation_config`.
+
+    Stands before the model's other bases, so that `from_pretrained` reads the folder's
+    `generation_config.json` too. The model has a `config`, its body as `model`, and a `forward`.
+    """
+
+    config: Gemma2Config
+    model: Gemma2Model
+
+    @classmethod
+    def from_pretrained(cls: type[Self], folder: str | os.PathLike[str], **options: Any) -> Self:
+        """Give the model in `folder`, with its generation config.
+
+        Raises:
+            ValueError: the folder's `generation_config.json` makes no sense; else as
+                `gemma2.checkpoint.from_pretrained`, whose options these are.
+        """
+        # first, since weights take long to read
+        own = GenerationConfig.from_pretrained(folder)
+        model: Self = super().from_pretrained(folder, **options)  # type: ignore[misc]
+        model.generation_config = own
+        return model
 
     @property
     def generation_config(self) -> GenerationConfig:
         """The model's own settings: from `generation_config.json`, else from its config."""
         own: GenerationConfig | None = self.__dict__.get("_generation_config")
         if own is None:
-            config = self.config
-            own = GenerationConfig(
-                bos_token_id=config.bos_token_id,
-                eos_token_id=config.eos_token_id,
-                pad_token_id=config.pad_token_id,
-            )
-            self.__dict__["_generation_config"] = own
+            self.generation_config = own = GenerationConfig()
+        for name in _SPECIAL:
+            if getattr(own, name) is None:
+                setattr(own, name, getattr(self.config, name))
         return own
 
     @generation_config.setter
@@ -124,10 +152,10 @@ class GenerationMixin(nn.Module):
 
         Args:
             input_ids: int64 [B, S]. None, and no inputs_embeds: one row that begins with bos.
-            attention_mask: [B, S], 1 = token, 0 = padding. None: all are tokens, except that pads in
-                input_ids are taken as padding (and that is said) where pad does not also end texts.
-            inputs_embeds: [B, S, hidden_size], already scaled, in place of input_ids; then the output
-                has the new tokens only.
+            attention_mask: [B, S], 1 = token, 0 = padding. None: all are tokens, except that pads
+                in input_ids are taken as padding (and that is said) unless pad also ends texts.
+            inputs_embeds: [B, S, hidden_size], already scaled, in place of input_ids; then the
+                output has the new tokens only.
             past_key_values: a cache to use, left holding all but the last new token of each row.
                 If it holds tokens, input_ids is the whole text so far, of which only the
                 rest is read. None: a cache of the size needed, gone afterwards.
@@ -137,8 +165,8 @@ class GenerationMixin(nn.Module):
 
         Raises:
             TypeError: unknown option, or one of the wrong type.
-            ValueError: an option out of range or not supported yet, a row without a token, a token id
-                outside of the vocabulary, a cache that does not fit or is too small. Nothing has
+            ValueError: an option out of range or not supported yet, a row without a token, a token
+                id outside of the vocabulary, a cache that does not fit or is too small. Nothing has
                 been run then.
         """
         if streamer is not None and not isinstance(streamer, Streamer):
@@ -222,10 +250,10 @@ class GenerationMixin(nn.Module):
         options = self._options(generation_config, named)
         if not options.do_sample:
             useless = [n for n in _SAMPLING_ONLY if {**named, "seed": seed}.get(n) is not None]
-            if useless and not named.get("temperature") == 0:
+            if useless and named.get("temperature") != 0:
                 warnings.warn(
-                    f"generate: {', '.join(useless)} given, but do_sample is False: the most probable "
-                    "token is taken each time; pass do_sample=True to sample",
+                    f"generate: {', '.join(useless)} given, but do_sample is False: the most "
+                    "probable token is taken each time; pass do_sample=True to sample",
                     stacklevel=4,
                 )
         device = self._check_device(input_ids, inputs_embeds, attention_mask)
@@ -236,7 +264,7 @@ class GenerationMixin(nn.Module):
             _check_ids_below("eos_token_id", token, vocab)
 
         if input_ids is not None and inputs_embeds is not None:
-            raise ValueError("generate: input_ids and inputs_embeds are both given: pass one of them")
+            raise ValueError("generate: input_ids and inputs_embeds are both given: pass one")
         if input_ids is None and inputs_embeds is None:
             if options.bos_token_id is None:
                 raise ValueError(
@@ -244,7 +272,10 @@ class GenerationMixin(nn.Module):
                     "bos_token_id to begin with"
                 )
             input_ids = torch.tensor([[options.bos_token_id]], device=device)
-        content = _check_ids(input_ids) if input_ids is not None else self._check_embeds(inputs_embeds)
+        if input_ids is not None:
+            content = input_ids = _check_ids(input_ids)
+        else:
+            content = self._check_embeds(inputs_embeds)
         mask = _padding_mask(content, attention_mask, options)
         if input_ids is not None:
             _check_vocabulary(content, mask, vocab)
@@ -254,8 +285,10 @@ class GenerationMixin(nn.Module):
         lengths = torch.full((batch,), columns, device=device) if mask is None else mask.sum(1)
         if bool((lengths == 0).any()):
             row = int((lengths == 0).nonzero()[0])
-            raise ValueError(f"generate: row {row} has no token, only padding: there is nothing to go on from")
-        cached = self._check_cache(cache, rows, batch, lengths, device)
+            raise ValueError(
+                f"generate: row {row} has no token, only padding: there is nothing to go on from"
+            )
+        cached = self._check_cache(cache, rows, lengths, device)
         new_tokens = _new_tokens(options, columns if input_ids is not None else 0)
         need = int(lengths.max()) + new_tokens - 1
         if cache is None:
@@ -269,24 +302,25 @@ class GenerationMixin(nn.Module):
                 )
             cache.grow(need)
 
-        pending, counts = _pack(content, mask, lengths, cached)
-        ids = input_ids if input_ids is not None else content.new_empty((batch, 0), dtype=torch.int64)
-        prompt = ids.repeat_interleave(options.num_return_sequences, dim=0)
-        known = ids if mask is None or input_ids is None else ids.masked_fill(~mask, -1)
-        sampler = Sampler(
-            options, seed, known.repeat_interleave(options.num_return_sequences, dim=0), new_tokens
-        )
+        pending, pending_mask = _pack(content, mask, lengths, cached)
+        repeats = options.num_return_sequences
+        if input_ids is None:
+            prompt = known = torch.empty((rows, 0), dtype=torch.int64, device=device)
+        else:
+            prompt = input_ids.repeat_interleave(repeats, dim=0)
+            known = input_ids if mask is None else input_ids.masked_fill(~mask, -1)
+            known = known.repeat_interleave(repeats, dim=0)
         ends = options.eos_token_ids
         pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
         return _Run(
             prompt=prompt,
             pending=pending,
-            counts=counts,
-            repeats=options.num_return_sequences,
+            mask=pending_mask,
+            repeats=repeats,
             chunk=options.prefill_chunk_size or PREFILL_CHUNK,
             new_tokens=new_tokens,
             cache=cache,
-            sampler=sampler,
+            sampler=Sampler(options, seed, known, new_tokens),
             eos=torch.tensor(ends, device=device) if ends else None,
             pad=pad,
             training=[module for module in self.modules() if module.training],
@@ -295,25 +329,24 @@ class GenerationMixin(nn.Module):
     def _options(
         self, generation_config: GenerationConfig | None, named: dict[str, Any]
     ) -> GenerationConfig:
-        """Give what holds for this call: its arguments, over `generation_config`, over the model's."""
+        """Give what holds for this call: arguments, over `generation_config`, over the model's."""
         own = self.generation_config
         if generation_config is None:
             generation_config = own
         elif not isinstance(generation_config, GenerationConfig):
             raise TypeError(
-                f"generate: generation_config is a {type(generation_config).__name__}: it must be a "
-                "gemma2.GenerationConfig"
+                f"generate: generation_config is a {type(generation_config).__name__}: it must be "
+                "a gemma2.GenerationConfig"
             )
         refuse_unsupported(generation_config.extra, "from the generation config")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in _SPECIAL:
             if named.get(name) is None and getattr(generation_config, name) is None:
-                inherited = getattr(own, name)
-                named[name] = getattr(self.config, name) if inherited is None else inherited
+                named[name] = getattr(own, name)
         options = generation_config.replaced(**named)
         if options.num_return_sequences > 1 and not options.do_sample:
             raise ValueError(
-                f"generate: num_return_sequences is {options.num_return_sequences} and do_sample is "
-                "False: greedy texts would all be the same; pass do_sample=True"
+                f"generate: num_return_sequences is {options.num_return_sequences} and do_sample "
+                "is False: greedy texts would all be the same; pass do_sample=True"
             )
         if named.get("max_length") is not None and named.get("max_new_tokens") is None:
             options.max_new_tokens = None  # what the call says goes before what a file says
@@ -321,10 +354,11 @@ class GenerationMixin(nn.Module):
 
     def _check_device(self, *tensors: Tensor | None) -> torch.device:
         """Give the model's device; all of `tensors` must be tensors on it."""
-        device = self.get_input_embeddings().weight.device
+        device = next(self.parameters()).device
         if device.type == "meta":
             raise ValueError("generate: the model is on the meta device: it has no weights yet")
-        for name, tensor in zip(("input_ids", "inputs_embeds", "attention_mask"), tensors, strict=True):
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        for name, tensor in zip(names, tensors, strict=True):
             if tensor is None:
                 continue
             if not isinstance(tensor, Tensor):
@@ -334,7 +368,7 @@ class GenerationMixin(nn.Module):
                 )
             if tensor.device != device:
                 raise ValueError(
-                    f"generate: {name} is on {tensor.device}, the model on {device}: move one of them"
+                    f"generate: {name} is on {tensor.device}, the model on {device}: move one"
                 )
         return device
 
@@ -343,17 +377,20 @@ class GenerationMixin(nn.Module):
         hidden = self.config.hidden_size
         if embeds.dim() != 3 or embeds.shape[2] != hidden or 0 in embeds.shape:
             raise ValueError(
-                f"generate: inputs_embeds has shape {list(embeds.shape)}: it must be [rows, tokens, "
-                f"{hidden}], with at least one row and one token"
+                f"generate: inputs_embeds has shape {list(embeds.shape)}: it must be [rows, "
+                f"tokens, {hidden}], with at least one row and one token"
             )
         if not embeds.is_floating_point():
             raise TypeError(f"generate: inputs_embeds is {embeds.dtype}: it must be floating")
         return embeds
 
     def _check_cache(
-        self, cache: HybridCache | None, rows: int, batch: int, lengths: Tensor, device: torch.device
+        self, cache: HybridCache | None, rows: int, lengths: Tensor, device: torch.device
     ) -> Tensor:
-        """Give how many tokens of each prompt the cache holds, int64 [batch]."""
+        """Give how many tokens of each prompt the cache holds, int64 [B].
+
+        rows: of the cache, as many as the output has. lengths: int64 [B], tokens of the prompts.
+        """
         if cache is None:
             return torch.zeros_like(lengths)
         if not isinstance(cache, HybridCache):
@@ -361,21 +398,21 @@ class GenerationMixin(nn.Module):
                 f"generate: past_key_values is a {type(cache).__name__}: it must be a HybridCache"
             )
         cache.check_model(self.config, rows, device)
-        cached = cache.lengths[:batch].to(device)
+        cached = cache.lengths[: lengths.shape[0]].to(device)
         left = lengths - cached
         if bool((left <= 0).any()):
             row = int((left <= 0).nonzero()[0])
             raise ValueError(
-                f"generate: past_key_values holds {int(cached[row])} tokens of row {row}, the prompt has "
-                f"{int(lengths[row])}: pass the whole text so far and at least one token more, crop() the "
-                "cache, or reset() it"
+                f"generate: past_key_values holds {int(cached[row])} tokens of row {row}, the "
+                f"prompt has {int(lengths[row])}: pass the whole text so far and at least one "
+                "token more, crop() the cache, or reset() it"
             )
         return cached
 
     # ---- the loop -------------------------------------------------------------------------------
 
     def _steps(self, run: _Run) -> Iterator[Tensor]:
-        """Give the new tokens of each step, int64 [N]. Between steps, no mode of torch is changed."""
+        """Give the new tokens of each step, int64 [N]; no mode of torch is on between steps."""
         finished = torch.zeros(run.prompt.shape[0], dtype=torch.bool, device=run.prompt.device)
         tokens = finished
         for step in range(run.new_tokens):
@@ -404,7 +441,7 @@ class GenerationMixin(nn.Module):
                 module.training = True
 
     def _read(self, run: _Run, tokens: Tensor, finished: Tensor) -> Tensor:
-        """Give the logits [N, V] after one more token a row; rows that have ended are left alone."""
+        """Give the logits [N, V] after one more token a row, except where a row has ended."""
         mask = (~finished)[:, None] if bool(finished.any()) else None
         out = self(
             input_ids=tokens[:, None],
@@ -416,32 +453,23 @@ class GenerationMixin(nn.Module):
         return out.logits[:, -1]
 
     def _read_prompt(self, run: _Run) -> Tensor:
-        """Read what is pending into the cache; give the logits [N, V] after each row's last token."""
-        batch, columns = run.pending.shape[:2]
-        rows = torch.arange(batch, device=run.pending.device)
-        last: Tensor | None = None  # hidden state of each row's last real token, [B, hidden_size]
+        """Read what is pending; give the logits [N, V] after each row's last token."""
+        name = "input_ids" if run.pending.dim() == 2 else "inputs_embeds"
+        columns = run.pending.shape[1]
         for first in range(0, columns, run.chunk):
-            piece = run.pending[:, first : first + run.chunk]
-            mask = None
-            if run.counts is not None:
-                column = torch.arange(first, first + piece.shape[1], device=piece.device)
-                mask = column < run.counts[:, None]
-            name = "input_ids" if piece.dim() == 2 else "inputs_embeds"
-            out = self.model(
-                **{name: piece}, attention_mask=mask, past_key_values=run.cache, use_cache=True
-            )
-            hidden = out.last_hidden_state
-            if run.counts is None:
-                last = hidden[:, -1]
-            else:
-                column = (run.counts - 1 - first).clamp(max=piece.shape[1] - 1)
-                here = hidden[rows, column.clamp(min=0)]
-                # a row that ended in an earlier chunk keeps what it has
-                last = here if last is None else torch.where((column >= 0)[:, None], here, last)
-        assert last is not None
-        logits: Tensor = self.logits(last[:, None])[:, 0]
+            piece = slice(first, first + run.chunk)
+            call = {
+                name: run.pending[:, piece],
+                "attention_mask": None if run.mask is None else run.mask[:, piece],
+                "past_key_values": run.cache,
+                "use_cache": True,
+            }
+            if first + run.chunk < columns:
+                self.model(**call)  # nobody wants these logits
+        logits: Tensor = self(**call, logits_to_keep=1).logits[:, -1]
         if run.repeats > 1:
-            source = rows.repeat_interleave(run.repeats)
+            source = torch.arange(logits.shape[0], device=logits.device)
+            source = source.repeat_interleave(run.repeats)
             run.cache.reorder(source)
             logits = logits[source]
         return logits
@@ -476,11 +504,13 @@ def _check_ids(ids: Tensor) -> Tensor:
         raise TypeError(f"generate: input_ids is {ids.dtype}: it must be int64")
     if ids.dim() != 2:
         hint = "; input_ids[None] makes one row of it" if ids.dim() == 1 else ""
-        raise ValueError(f"generate: input_ids has shape {list(ids.shape)}: it must be [rows, tokens]{hint}")
+        raise ValueError(
+            f"generate: input_ids has shape {list(ids.shape)}: it must be [rows, tokens]{hint}"
+        )
     if 0 in ids.shape:
         raise ValueError(
-            f"generate: input_ids has shape {list(ids.shape)}: at least one row and one token are wanted; "
-            "a text begins with bos_token_id"
+            f"generate: input_ids has shape {list(ids.shape)}: at least one row and one token are "
+            "wanted; a text begins with bos_token_id"
         )
     return ids.to(torch.int64)
 
@@ -513,18 +543,20 @@ def _padding_mask(
         if bool(mask.all()):
             return None
         warnings.warn(
-            f"generate: input_ids contains pad_token_id ({pad}) and no attention_mask is given: these "
-            "tokens are taken as padding; pass attention_mask to say what is meant",
+            f"generate: input_ids contains pad_token_id ({pad}) and no attention_mask is given: "
+            "these tokens are taken as padding; pass attention_mask to say what is meant",
             stacklevel=5,
         )
         return mask
     if attention_mask.shape != (batch, columns):
         raise ValueError(
-            f"generate: attention_mask has shape {list(attention_mask.shape)}: it must be [{batch}, "
-            f"{columns}] like the prompt, with 1 for a token and 0 for padding"
+            f"generate: attention_mask has shape {list(attention_mask.shape)}: it must be "
+            f"[{batch}, {columns}] like the prompt, with 1 for a token and 0 for padding"
         )
     if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-        raise ValueError("generate: attention_mask must hold 1 for a token and 0 for padding, nothing else")
+        raise ValueError(
+            "generate: attention_mask has other values than 1 for a token and 0 for padding"
+        )
     mask = attention_mask != 0
     return None if bool(mask.all()) else mask
 
@@ -536,8 +568,8 @@ def _new_tokens(options: GenerationConfig, columns: int) -> int:
         return DEFAULT_NEW_TOKENS
     if options.max_length <= columns:
         raise ValueError(
-            f"generate: max_length is {options.max_length}, the prompt has {columns} columns already: "
-            "raise it, or use max_new_tokens, which does not count the prompt"
+            f"generate: max_length is {options.max_length}, the prompt has {columns} columns "
+            "already: raise it, or use max_new_tokens, which does not count the prompt"
         )
     return options.max_length - columns
 
@@ -545,9 +577,17 @@ def _new_tokens(options: GenerationConfig, columns: int) -> int:
 def _pack(
     content: Tensor, mask: Tensor | None, lengths: Tensor, cached: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Give the tokens after the first `cached` of each row, real ones first, and their numbers.
+    """Give the tokens after the first `cached` of each row, padded at the left, and their mask.
 
-    content: [B, S] or [B, S, hidden_size]. The numbers [B] are None if all rows have as many.
+    So the last column is each row's last token, and padding costs no more than the longest row has.
+
+    Args:
+        content: [B, S] or [B, S, hidden_size].
+        mask: bool [B, S], True = token; None: all are.
+        lengths, cached: int64 [B], tokens of each row, and how many of them to leave out.
+
+    Returns:
+        [B, P] or [B, P, hidden_size], and bool [B, P], None if all are tokens.
     """
     counts = lengths - cached
     width = int(counts.max())
@@ -555,8 +595,9 @@ def _pack(
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # real tokens first
     else:
         order = torch.arange(content.shape[1], device=content.device).expand(content.shape[:2])
-    column = cached[:, None] + torch.arange(width, device=content.device)
-    # columns after a row's last token repeat it; nothing sees them
-    column = order.gather(1, torch.minimum(column, lengths[:, None] - 1))
+    # number of the token among the row's real ones, [B, P]; padding repeats the row's first
+    number = lengths[:, None] - width + torch.arange(width, device=content.device)
+    kept = number >= cached[:, None]
+    column = order.gather(1, number.clamp(min=0))
     rows = torch.arange(content.shape[0], device=content.device)[:, None]
-    return content[rows, column], None if bool((counts == width).all()) else counts
+    return content[rows, column], None if bool(kept.all()) else kept

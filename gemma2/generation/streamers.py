@@ -58,10 +58,11 @@ class TextStreamer:
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt [1, S] or the next token [1]."""
-        if value.dim() > 1 and value.shape[0] != 1 or value.dim() <= 1 and value.numel() != 1:
+        rows = value.shape[0] if value.dim() else 1
+        if rows != 1:
             raise ValueError(
-                f"TextStreamer: the batch has {value.shape[0]} rows: only one text can be printed at a "
-                "time; use model.stream(...) for batches"
+                f"TextStreamer: the batch has {rows} rows: only one text can be printed at a time; "
+                "use model.stream(...) for batches"
             )
         skipped = self._prompt_is_next and self.skip_prompt
         self._prompt_is_next = False
