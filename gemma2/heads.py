@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma2 import ops
-from gemma2.cache import HybridCache, readable
+from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.generation import GenerationMixin
 from gemma2.model import Gemma2Model, Gemma2PreTrainedModel, Linear
@@ -21,6 +22,7 @@ from gemma2.outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from gemma2.ring import readable
 
 __all__ = [
     "Gemma2ForCausalLM",
@@ -52,7 +54,7 @@ class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
     def tie_weights(self) -> None:
         """Make the head's weight the embedding's parameter, if the config ties them."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.base_model.embed_tokens.weight
 
     def get_output_embeddings(self) -> nn.Module:
         """Give the head."""
@@ -200,6 +202,12 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
             real &= mask[:, mask.shape[1] - columns :].to(states.device) != 0
         if input_ids is not None and self.config.pad_token_id is not None:
             real &= input_ids.to(states.device) != self.config.pad_token_id
+        if input_ids is None and not isinstance(mask, Tensor):
+            warnings.warn(
+                f"{type(self).__name__}: inputs_embeds without a 2-D attention_mask: the last "
+                "column is read, and padding there would not be noticed",
+                stacklevel=2,
+            )
         column = torch.arange(columns, device=states.device)
         return (real * column).argmax(dim=1)
 

@@ -5,9 +5,9 @@ call into the position of column 0, the row's length, RoPE's position ids and th
 token's document, by arithmetic on the tensors' device. On the CPU, where looking is free, it also
 checks what can be checked.
 
-Padding at the left or right needs nothing more. Padding between real tokens (a hole) has no position
-to stand at: the row is packed, real tokens first, runs like any right-padded row, and `Layout.unpack`
-puts the results back into the caller's columns.
+Padding at the left or right needs nothing more. Padding between real tokens (a hole) has no
+position to stand at: the row is packed, real tokens first, runs like any right-padded row, and
+`Layout.unpack` puts the results back into the caller's columns.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma2.cache import HybridCache, readable
+from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
+from gemma2.ring import readable
 
 __all__ = ["Layout", "Masks", "lay_out", "prepare"]
 
@@ -358,7 +359,7 @@ def _add_documents(
 
 
 def _ids_differ(layout: Layout, position: Tensor) -> bool:
-    """Tell whether a real token's position_id is not its position; True where that is unreadable."""
+    """Tell whether a real token's position_id is not its position; True where unreadable."""
     if not readable(position):
         return True
     real = (position >= 0) & (position < layout.kv_len[:, None])

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gemma2 import ops, reference
-from gemma2.cache import HybridCache, LayerCache
+from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.masking import Layout, Masks, prepare
 from gemma2.outputs import BaseModelOutputWithPast
+from gemma2.ring import LayerCache
 
 __all__ = [
     "Gemma2Attention",
@@ -191,13 +192,11 @@ class Gemma2DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Gemma2Attention(config, layer_idx)
         self.mlp = Gemma2MLP(config)
-        for name in (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-        ):
-            self.add_module(name, Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps))
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Gemma2RMSNorm(size, eps)
+        self.post_attention_layernorm = Gemma2RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = Gemma2RMSNorm(size, eps)
+        self.post_feedforward_layernorm = Gemma2RMSNorm(size, eps)
 
     def forward(
         self,
@@ -261,7 +260,8 @@ class Gemma2PreTrainedModel(nn.Module):
     @property
     def base_model(self) -> Gemma2Model:
         """The body without a head."""
-        return getattr(self, self.base_model_prefix, self)
+        body: Any = getattr(self, self.base_model_prefix, self)
+        return body
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class Gemma2PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding; the new module must scale its rows itself."""
-        self.base_model.embed_tokens = value
+        self.base_model.embed_tokens = value  # type: ignore[assignment]
         self.tie_weights()
 
     def num_parameters(self, only_trainable: bool = False) -> int:
@@ -427,11 +427,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         x = at.pack(x)
-        h = x.to(self._stream_dtype) if input_ids is None else self.embed_tokens(x)
+        h = self.embed_tokens(x) if inputs_embeds is None else x.to(self._stream_dtype)
         # what a hook was shown may not change under it, nor what the caller passed or gets
         hooked = any(is_hooked(module) for module in (self.embed_tokens, *self.layers))
         inplace = not (torch.is_grad_enabled() or output_hidden_states or hooked)
-        if inplace and h is inputs_embeds:
+        if inplace and inputs_embeds is not None:
             h = h.clone()
 
         if cache is not None:
@@ -454,10 +454,10 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
     def _run_layers(
         self, h: Tensor, call: Call, inplace: bool, collect: bool
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """Give the final hidden states, those of all layers if `collect`, attention weights."""
         states: list[Tensor] = []
-        attentions: list[Tensor] = []
+        attentions: list[Any] = []
         dtype = self.dtype
         saving = self.checkpointing if self.training and torch.is_grad_enabled() else None
         followers: list[nn.Module] = [*self.layers[1:], self.norm]
@@ -465,10 +465,9 @@ class Gemma2Model(Gemma2PreTrainedModel):
         for layer, follower in zip(self.layers, followers, strict=True):
             if collect:
                 states.append(h.to(dtype))
-            norm = follower if follower is self.norm else follower.input_layernorm
             # a hook may replace the stream: then what follows must norm what the hook made
-            if is_hooked(layer) or is_hooked(follower):
-                norm = None
+            apart = is_hooked(layer) or is_hooked(follower)
+            norm = None if apart else getattr(follower, "input_layernorm", follower)
             if saving is None:
                 out = layer(h, y, norm, call, inplace)
             else:

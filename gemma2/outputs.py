@@ -53,7 +53,8 @@ class ModelOutput(OrderedDict[str, Any]):
             unknown = set(first) - set(names)
             if unknown:
                 raise TypeError(
-                    f"{type(self).__name__}: no fields {sorted(map(str, unknown))}: there are {names}"
+                    f"{type(self).__name__}: there is no {sorted(map(str, unknown))}: the fields "
+                    f"are {names}"
                 )
             given = {name: first.get(name) for name in names}
         for name, value in given.items():
