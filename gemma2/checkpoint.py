@@ -325,9 +325,9 @@ def from_pretrained(
 ) -> Model:
     """Build `cls` from the folder's ``config.json`` and weights; give it in eval mode.
 
-    A causal model also takes its settings from ``generation_config.json``, if there is one. `config`
-    stands in for the file; `config_overrides` replace single fields of either. The other
-    arguments are those of `load_state_dict_into`.
+    A causal model also takes its settings from ``generation_config.json``, if there is one.
+    `config` stands in for ``config.json``; `config_overrides` replace single fields of either. The
+    other arguments are those of `load_state_dict_into`.
 
     Raises:
         FileNotFoundError: the folder, its ``config.json`` or its weights do not exist.

@@ -286,9 +286,9 @@ class Gemma2Config:
             raise ValueError(_said("head_dim", self.head_dim, wanted))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"config: num_attention_heads is {self.num_attention_heads}, num_key_value_heads is "
-                f"{self.num_key_value_heads}: the number of query heads must be a multiple of the "
-                "number of key/value heads"
+                f"config: num_attention_heads is {self.num_attention_heads}, num_key_value_heads "
+                f"is {self.num_key_value_heads}: the number of query heads must be a multiple of "
+                "the number of key/value heads"
             )
 
     def _validate_numbers(self) -> None:
@@ -650,7 +650,7 @@ def _rope_theta(given: dict[str, Any]) -> Any:
     for source in ("rope_theta", "rope_parameters", "rope_scaling"):
         given.pop(source, None)
     values = list(found.values())
-    if any(value != values[0] for value in values):
+    if any(value != values[0] for value in values[1:]):
         said = ", ".join(f"{name} {_show(value)}" for name, value in found.items())
         raise ValueError(f"config: RoPE is given as {said}: they must agree")
     return values[0] if values else None
