@@ -7,7 +7,6 @@ there.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 import operator
@@ -17,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma2.config import read_json
+
 __all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig"]
 
 FILE_NAME = "generation_config.json"
 
 # What transformers gives when neither max_new_tokens nor max_length is set.
 DEFAULT_NEW_TOKENS = 20
-
-_MAX_FILE_BYTES = 2**20
 
 # Options of transformers that change the result and are not implemented, with the values at which
 # they do nothing. Anything else is an error when text is generated, never silently ignored.
@@ -229,18 +228,10 @@ class GenerationConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not JSON, not an object, or holds a value that makes no sense.
+            ValueError: it is no JSON object, or holds a value that makes no sense.
         """
         path = Path(path)
-        size = path.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise ValueError(f"{path}: {size} bytes are too many for a generation config")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: a JSON object is wanted, this is a {type(values).__name__}")
+        values = read_json(path)
         try:
             return cls.from_dict(values)
         except (TypeError, ValueError) as error:
@@ -260,17 +251,6 @@ class GenerationConfig:
             if item.name != "extra" and value != item.default:
                 out[item.name] = value
         return out
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `generation_config.json` into the folder, whole or not at all."""
-        path = Path(folder) / FILE_NAME
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def replaced(self, **given: Any) -> GenerationConfig:
         """Give a copy in which the arguments that are not None take the place of the fields."""

@@ -42,7 +42,7 @@ PREFILL_CHUNK = 2048
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
 
 Self = TypeVar("Self", bound="GenerationMixin")
@@ -249,7 +249,7 @@ class GenerationMixin(nn.Module):
         _refuse(unsupported)
         options = self._options(generation_config, named)
         if not options.do_sample:
-            useless = [n for n in _SAMPLING_ONLY if {**named, "seed": seed}.get(n) is not None]
+            useless = [name for name in _SAMPLING_ONLY if named.get(name) is not None]
             if useless and named.get("temperature") != 0:
                 warnings.warn(
                     f"generate: {', '.join(useless)} given, but do_sample is False: the most "

@@ -25,7 +25,7 @@ class Streamer(Protocol):
 
 
 class TextStreamer:
-    """Prints text as it is generated, character by character, never half of one.
+    """Prints text as it is generated, only whole characters, each as soon as it is known.
 
     Args:
         tokenizer: a :class:`gemma2.Tokenizer`, or one of transformers.
@@ -45,16 +45,13 @@ class TextStreamer:
         *,
         skip_special_tokens: bool = True,
     ) -> None:
-        self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.file = file
-        self.skip_special_tokens = skip_special_tokens
-        self._start()
-
-    def _start(self) -> None:
+        if hasattr(tokenizer, "decode_stream"):
+            self._decoder: _Decoder = tokenizer.decode_stream(skip_special_tokens)
+        else:
+            self._decoder = _GrowingText(tokenizer, skip_special_tokens)
         self._prompt_is_next = True
-        self._ids: list[int] = []
-        self._printed = ""
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt [1, S] or the next token [1]."""
@@ -66,21 +63,50 @@ class TextStreamer:
             )
         skipped = self._prompt_is_next and self.skip_prompt
         self._prompt_is_next = False
-        if skipped:
-            return
-        self._ids.extend(value.flatten().tolist())
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=self.skip_special_tokens)
-        # a character whose bytes are not complete yet decodes to the replacement character
-        if not text.endswith("\ufffd"):
-            self.on_finalized_text(text[len(self._printed) :])
-            self._printed = text
+        if not skipped:
+            text = "".join(self._decoder.put(token) for token in value.flatten().tolist())
+            if text:
+                self.on_finalized_text(text)
 
     def end(self) -> None:
-        """Print what is left, and a line break."""
-        text = self.tokenizer.decode(self._ids, skip_special_tokens=self.skip_special_tokens)
-        self.on_finalized_text(text[len(self._printed) :], stream_end=True)
-        self._start()
+        """Print what is left, and a line break; then be ready for another prompt."""
+        self.on_finalized_text(self._decoder.end(), stream_end=True)
+        self._prompt_is_next = True
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print a piece of text; override it to do something else."""
         print(text, end="\n" if stream_end else "", file=self.file or sys.stdout, flush=True)
+
+
+class _Decoder(Protocol):
+    def put(self, token: int) -> str: ...
+
+    def end(self) -> str: ...
+
+
+class _GrowingText:
+    """Text of a tokenizer that cannot decode incrementally: a line is decoded again and again."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []
+        self._given = 0  # characters of their text
+
+    def put(self, token: int) -> str:
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        # a letter whose bytes are not all there yet decodes to the replacement character
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new = text[self._given :]
+        self._given = len(text)
+        if text.endswith("\n"):
+            self._ids, self._given = [], 0
+        return new
+
+    def end(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        new = text[self._given :]
+        self._ids, self._given = [], 0
+        return new
