@@ -163,9 +163,9 @@ def _padding_mask(
         if bool((counted != lengths).any()):
             row = int((counted != lengths).nonzero()[0])
             raise ValueError(
-                f"attention_mask: row {row} has {int(counted[row])} tokens before this call's "
-                f"{columns} columns, the cache has {int(lengths[row])}: they must be the same "
-                "tokens"
+                f"attention_mask: has shape {list(attention_mask.shape)}, and row {row} has "
+                f"{int(counted[row])} tokens before this call's {columns} columns; the cache has "
+                f"{int(lengths[row])}: they must be the same tokens"
             )
     return mask[:, width - columns :]
 
