@@ -195,6 +195,9 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
                 unexpected.append(key)
         elif slot.source is None:
             slot.source = key
+        elif name == slot.names[0]:
+            slot.twins.append(slot.source)
+            slot.source = key
         else:
             slot.twins.append(key)
 
