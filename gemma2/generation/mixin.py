@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +44,6 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
 
-Self = TypeVar("Self", bound="GenerationMixin")
-
-
 @dataclass
 class _Run:
     """One call of generate, checked and ready to go.
@@ -74,26 +70,11 @@ class _Run:
 class GenerationMixin(nn.Module):
     """Gives a causal model `generate`, `stream` and a `generation_config`.
 
-    Stands before the model's other bases, so that `from_pretrained` reads the folder's
-    `generation_config.json` too. The model has a `config`, its body as `model`, and a `forward`.
+    The model has a `config`, its body as `model`, and `Gemma2ForCausalLM`'s `forward`.
     """
 
     config: Gemma2Config
     model: Gemma2Model
-
-    @classmethod
-    def from_pretrained(cls: type[Self], folder: str | os.PathLike[str], **options: Any) -> Self:
-        """Give the model in `folder`, with its generation config.
-
-        Raises:
-            ValueError: the folder's `generation_config.json` makes no sense; else as
-                `gemma2.checkpoint.from_pretrained`, whose options these are.
-        """
-        # first, since weights take long to read
-        own = GenerationConfig.from_pretrained(folder)
-        model: Self = super().from_pretrained(folder, **options)  # type: ignore[misc]
-        model.generation_config = own
-        return model
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -1,0 +1,346 @@
+"""Measuring: the timing loop, the machine, tables, and what `gemma2 bench` runs.
+
+Speeds on a shared machine move by a fifth and more: everything gives the minimum and the median,
+and only numbers of one run are to be compared. Comparisons with other libraries are in the source
+tree's `benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gemma2
+from gemma2 import _C, Gemma2Config, Gemma2ForCausalLM, HybridCache, ops
+
+__all__ = [
+    "Timing",
+    "bench_model",
+    "bench_operators",
+    "machine",
+    "markdown",
+    "measure",
+    "peak_memory",
+    "random_model",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the shortest and the median of `runs`."""
+
+    min: float
+    median: float
+    runs: int
+
+
+def measure(
+    call: Callable[[], object], seconds: float = 0.5, least: int = 5, warm_up: int = 2
+) -> Timing:
+    """Time `call` again and again, for `seconds` and at least `least` times, after a warm-up."""
+    for _ in range(warm_up):
+        call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return Timing(min(times), statistics.median(times), len(times))
+
+
+def peak_memory() -> int:
+    """Give the most memory this process has had resident so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def cpu_name() -> str:
+    """Give the processor's name as the system knows it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Give what a figure needs beside it: the machine, the versions, the threads, the day."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "isa": _C.isa(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gemma2": gemma2.__version__,
+        "compiler": _C.build_info()["compiler"],
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "-"
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "-" if value is None else str(value)
+
+
+def markdown(rows: Iterable[Mapping[str, object]]) -> str:
+    """Give a table of the rows, whose columns are the union of their keys in order of appearance."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(names), rule, *map(line, cells[1:])])
+
+
+# ---- the whole model ----------------------------------------------------------------------------
+
+
+def random_model(config: Gemma2Config, dtype: torch.dtype = torch.bfloat16) -> Gemma2ForCausalLM:
+    """Give a causal model whose weights are one block of random numbers, again and again.
+
+    The numbers do not matter for speed, and drawing billions of them would take minutes.
+    """
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(config)
+    model.to(dtype).to_empty(device="cpu")
+    model.tie_weights()
+    block = (torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            for first in range(0, flat.numel(), block.numel()):
+                piece = flat[first : first + block.numel()]
+                piece.copy_(block[: piece.numel()])
+    return model.eval()
+
+
+def bench_model(
+    model: Gemma2ForCausalLM,
+    prompt_tokens: int = 512,
+    new_tokens: int = 32,
+    runs: int = 3,
+    progress: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Time `model.stream` on a random prompt of one row.
+
+    The prompt's time includes the first new token, as a user waits for it; decoding is the rest.
+
+    Returns:
+        tokens/s "prefill" and "decode", best and median, the peak memory and what was run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    prefill, decode = [], []
+    for run in range(runs):
+        progress(f"run {run + 1} of {runs}")
+        start = time.perf_counter()
+        stream = model.stream(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=[])
+        next(stream)
+        first = time.perf_counter()
+        steps = sum(1 for _ in stream)
+        end = time.perf_counter()
+        prefill.append(prompt_tokens / (first - start))
+        if steps:
+            decode.append(steps / (end - first))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "prefill_tokens_per_s": max(prefill),
+        "prefill_tokens_per_s_median": statistics.median(prefill),
+        "decode_tokens_per_s": max(decode, default=math.nan),
+        "decode_tokens_per_s_median": statistics.median(decode) if decode else math.nan,
+        "peak_memory_gb": peak_memory() / 1e9,
+    }
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def _operator_cases(
+    config: Gemma2Config, dtype: torch.dtype, context: int
+) -> dict[str, tuple[str, Callable[[], object], float, float]]:
+    """Give for each operator: shape, call, floating-point operations, bytes moved (at the least)."""
+    size = torch.empty((), dtype=dtype).element_size()
+    hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    rows = 128  # tokens of the prefill shapes
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, one = rand(rows, hidden), rand(1, hidden)
+    wide = rand(rows, inner)
+    w_up = rand(inner, hidden) * 0.02
+    norm = rand(hidden)
+    ids = torch.randint(vocab, (1, rows), generator=generator)
+    table = rand(min(vocab, 2**16), hidden)
+    q, q_one = rand(1, heads, rows, dim), rand(1, heads, 1, dim)
+    k, v = rand(1, kv_heads, context, dim), rand(1, kv_heads, context, dim)
+    k_new, v_new = rand(1, kv_heads, rows, dim), rand(1, kv_heads, rows, dim)
+    at = torch.arange(context - rows, context)[None]
+    cos, sin = ops.rope_table(at, dim, config.rope_theta)
+    whole = torch.tensor([context])
+    rule = {
+        "scale": config.query_scale,
+        "softcap": config.attn_logit_softcapping or 0.0,
+    }
+    logits = rand(1, vocab)
+    step = torch.zeros((), dtype=torch.int64)
+    pairs = heads * (rows * context - rows * (rows - 1) / 2)  # visible (query, key) pairs
+    kv_bytes = 2.0 * kv_heads * context * dim * size
+    chunk = [context - rows]
+    return {
+        "embed": (
+            f"{rows} x {hidden}",
+            lambda: ops.embed(ids % table.shape[0], table, hidden**0.5),
+            0.0,
+            2.0 * rows * hidden * size,
+        ),
+        "rms_norm": (
+            f"{rows} x {hidden}",
+            lambda: ops.rms_norm(x, norm),
+            4.0 * x.numel(),
+            2.0 * x.numel() * size,
+        ),
+        "add_rms_norm": (
+            f"{rows} x {hidden}",
+            lambda: ops.add_rms_norm(x, x, norm, norm),
+            9.0 * x.numel(),
+            4.0 * x.numel() * size,
+        ),
+        "rope": (
+            f"{heads}+{kv_heads} heads x {rows} x {dim}",
+            lambda: ops.rope(q, k_new, cos, sin),
+            3.0 * (q.numel() + k_new.numel()),
+            2.0 * (q.numel() + k_new.numel()) * size,
+        ),
+        "rope_cache": (
+            f"{heads}+{kv_heads} heads x {rows} x {dim}",
+            lambda: ops.rope_cache(q, k_new, v_new, cos, sin, k, v, torch.tensor(chunk), whole),
+            3.0 * (q.numel() + k_new.numel()),
+            2.0 * (q.numel() + 2 * k_new.numel()) * size,
+        ),
+        "attention, prefill": (
+            f"{heads}/{kv_heads} heads, {rows} x {context} x {dim}",
+            lambda: ops.attention(q, k, v, torch.tensor(chunk), whole, **rule),
+            4.0 * dim * pairs,
+            kv_bytes + 2.0 * q.numel() * size,
+        ),
+        "attention, decode": (
+            f"{heads}/{kv_heads} heads, 1 x {context} x {dim}",
+            lambda: ops.attention(q_one, k, v, whole - 1, whole, **rule),
+            4.0 * dim * heads * context,
+            kv_bytes,
+        ),
+        "geglu": (
+            f"{rows} x {inner}",
+            lambda: ops.geglu(wide, wide),
+            10.0 * wide.numel(),
+            3.0 * wide.numel() * size,
+        ),
+        "linear, prefill": (
+            f"{rows} x {hidden} x {inner}",
+            lambda: ops.linear(x, w_up),
+            2.0 * rows * w_up.numel(),
+            float(w_up.numel() + x.numel() + wide.numel()) * size,
+        ),
+        "linear, decode": (
+            f"1 x {hidden} x {inner}",
+            lambda: ops.linear(one, w_up),
+            2.0 * w_up.numel(),
+            float(w_up.numel()) * size,
+        ),
+        "softcap": (
+            f"{vocab}",
+            lambda: ops.softcap(logits, 30.0),
+            3.0 * vocab,
+            2.0 * vocab * size,
+        ),
+        "sample, greedy": (
+            f"{vocab}",
+            lambda: ops.sample(logits, None, 0, step, 0.0, 0, 1.0, 0.0, 1.0),
+            float(vocab),
+            float(vocab * size),
+        ),
+        "sample, top-k 50": (
+            f"{vocab}",
+            lambda: ops.sample(logits, None, 0, step, 1.0, 50, 1.0, 0.0, 1.0),
+            2.0 * vocab,
+            float(vocab * size),
+        ),
+    }
+
+
+def bench_operators(
+    config: Gemma2Config,
+    dtype: torch.dtype = torch.bfloat16,
+    names: Sequence[str] = (),
+    context: int = 2048,
+    seconds: float = 0.3,
+    progress: Callable[[str], object] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Time the operators at the model's shapes; give a row each: microseconds, GFLOP/s, GB/s.
+
+    Args:
+        names: operators to run, such as "attention"; all if empty.
+        context: keys that attention looks at.
+        seconds: spent on each.
+
+    Raises:
+        ValueError: there is no operator of that name.
+    """
+    cases = _operator_cases(config, dtype, context)
+    known = list(dict.fromkeys(name.partition(",")[0] for name in cases))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench: there is no operator {name!r}: there are {', '.join(known)}")
+    rows = []
+    for name, (shape, call, flop, moved) in cases.items():
+        if names and name.partition(",")[0] not in names:
+            continue
+        progress(name)
+        with torch.inference_mode():
+            took = measure(call, seconds)
+        rows.append(
+            {
+                "operator": name,
+                "shape": shape,
+                "us": took.min * 1e6,
+                "us median": took.median * 1e6,
+                "GFLOP/s": flop / took.min / 1e9,
+                "GB/s": moved / took.min / 1e9,
+            }
+        )
+    return rows
+
+
+def cache_bytes(config: Gemma2Config, tokens: int, dtype: torch.dtype) -> int:
+    """Give the bytes of a cache for one row of `tokens`: rings on sliding layers."""
+    slots = sum(layer.capacity for layer in HybridCache(config, 1, tokens).layers)
+    return 2 * slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
