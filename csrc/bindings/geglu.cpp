@@ -1,1 +1,36 @@
-// placeholder
+#include "params/geglu.h"
+
+#include "bindings/check.h"
+#include "cpu/kernels.h"
+
+namespace gemma2 {
+namespace {
+
+Tensor geglu(const Tensor& gate, const Tensor& up) {
+  const char* op = "geglu";
+  check_cpu(op, "gate", gate);
+  check_cpu(op, "up", up);
+  const DType dtype = float_dtype(op, "gate", gate);
+  check_same_dtype(op, "gate", gate, "up", up);
+  check(gate.dim() >= 1, op, ": gate is a scalar: [.., width] is wanted");
+  check(shape_of(gate) == shape_of(up), op, ": gate has shape ", shape_of(gate),
+        ", up has shape ", shape_of(up), ": they must be the same");
+  const Rows gate_rows = as_rows(gate), up_rows = as_rows(up);
+  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  cpu_kernels().geglu({
+      .gate = gate_rows.tensor.const_data_ptr(),
+      .up = up_rows.tensor.const_data_ptr(),
+      .out = out.mutable_data_ptr(),
+      .rows = gate_rows.rows,
+      .width = gate.size(gate.dim() - 1),
+      .gate_stride = gate_rows.stride,
+      .up_stride = up_rows.stride,
+      .dtype = dtype,
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace gemma2
+
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("geglu", TORCH_BOX(&gemma2::geglu)); }
