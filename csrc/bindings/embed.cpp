@@ -1,6 +1,9 @@
 #include "params/embed.h"
 
-#include <vector>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
 
 #include "bindings/check.h"
 #include "common/mutate.h"
@@ -9,12 +12,19 @@
 namespace gemma2 {
 namespace {
 
-// To the nearest bfloat16 or float16, ties to even: what a tensor of one element would hold.
-float round_to(DType dtype, double value) {
-  if (dtype == DType::f32 || mutated(Mutation::embed_unrounded)) return static_cast<float>(value);
-  const float x = static_cast<float>(value);
-  return dtype == DType::bf16 ? static_cast<float>(torch::headeronly::BFloat16(x))
-                              : static_cast<float>(torch::headeronly::Half(x));
+// sqrt(hidden) as the weight's dtype holds it: part of the model (59.87 is 59.75 in bfloat16).
+float rounded_to(DType dtype, double scale) {
+  const float exact = static_cast<float>(scale);
+  if (mutated(Mutation::embed_unrounded)) return exact;
+  switch (dtype) {
+    case DType::f32:
+      break;
+    case DType::bf16:
+      return static_cast<float>(c10::BFloat16(exact));
+    case DType::f16:
+      return static_cast<float>(c10::Half(exact));
+  }
+  return exact;
 }
 
 Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
@@ -23,28 +33,30 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   check_cpu(op, "weight", weight);
   check_dtype(op, "ids", ids, ScalarType::Long);
   check_dim(op, "weight", weight, 2, "[V, H]");
-  check_dense_last(op, "weight", weight);
   const DType dtype = float_dtype(op, "weight", weight);
+  check_dense_last(op, "weight", weight);
+  check(std::isfinite(scale), op, ": scale is ", scale, ": a finite number is wanted");
+
   const Tensor dense = torch::stable::contiguous(ids);
-  const int64_t* id = static_cast<const int64_t*>(dense.const_data_ptr());
-  const int64_t tokens = dense.numel(), vocabulary = weight.size(0);
-  for (int64_t i = 0; i < tokens; ++i)
-    check(id[i] >= 0 && id[i] < vocabulary, op, ": ids has ", id[i], " at flat index ", i,
-          ": the table has rows 0 to ", vocabulary - 1);
+  const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
+  const int64_t tokens = dense.numel(), rows = weight.size(0), hidden = weight.size(1);
+  for (int64_t t = 0; t < tokens; ++t)
+    check(values[t] >= 0 && values[t] < rows, op, ": ids holds ", values[t], " (element ", t,
+          "): the table has ", rows, " rows, 0 <= id < ", rows, " is wanted");
 
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
-  shape.push_back(weight.size(1));
+  shape.push_back(hidden);
   const bool narrow = dtype == DType::bf16;
-  Tensor out = torch::stable::new_empty(
-      weight, shape, narrow ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor out =
+      torch::stable::new_empty(weight, shape, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   cpu_kernels().embed({
-      .ids = id,
+      .ids = values,
       .weight = weight.const_data_ptr(),
       .out = out.mutable_data_ptr(),
       .tokens = tokens,
-      .hidden = weight.size(1),
+      .hidden = hidden,
       .weight_stride = weight.stride(0),
-      .scale = round_to(dtype, scale),
+      .scale = rounded_to(dtype, scale),
       .weight_dtype = dtype,
       .out_dtype = narrow ? DType::bf16 : DType::f32,
   });

@@ -10,11 +10,12 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
   const char* op = "geglu";
   check_cpu(op, "gate", gate);
   check_cpu(op, "up", up);
+  check(gate.dim() >= 1, op, ": gate is a scalar: [.., F] is wanted");
+  check(shape_of(gate) == shape_of(up), op, ": gate has shape ", shape_of(gate), ", up has shape ",
+        shape_of(up), ": they must be the same");
   const DType dtype = float_dtype(op, "gate", gate);
   check_same_dtype(op, "gate", gate, "up", up);
-  check(gate.dim() >= 1, op, ": gate is a scalar: [.., width] is wanted");
-  check(shape_of(gate) == shape_of(up), op, ": gate has shape ", shape_of(gate),
-        ", up has shape ", shape_of(up), ": they must be the same");
+
   const Rows gate_rows = as_rows(gate), up_rows = as_rows(up);
   Tensor out = torch::stable::new_empty(gate, gate.sizes());
   cpu_kernels().geglu({

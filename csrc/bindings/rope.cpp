@@ -2,87 +2,96 @@
 
 #include <tuple>
 
-#include "bindings/cache.h"
-#include "bindings/check.h"
+#include "bindings/cache_check.h"
 #include "cpu/kernels.h"
 
 namespace gemma2 {
 namespace {
 
-// k_out and its strides stay empty: rope sets them, rope_cache rotates k into the cache.
-RopeParams rope_params(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
-                       const Tensor& sin) {
-  const char* names[] = {"q", "k", "cos", "sin"};
-  const Tensor* tensors[] = {&q, &k, &cos, &sin};
-  for (int i = 0; i < 4; ++i) {
-    check_cpu(op, names[i], *tensors[i]);
-    check_dim(op, names[i], *tensors[i], i < 2 ? 4 : 3, i < 2 ? "[B, H, S, D]" : "[B or 1, S, D/2]");
-  }
-  check_dense_last(op, "q", q);
-  check_dense_last(op, "k", k);
+// Dense rows of D/2: a view where the table has them, a copy of this small tensor otherwise.
+Tensor table(const char* op, const char* name, const Tensor& t, const Tensor& q) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, ScalarType::Float);
+  const int64_t half = q.size(3) / 2;
+  check(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == q.size(0)) && t.size(1) == q.size(2) &&
+            t.size(2) == half,
+        op, ": ", name, " has shape ", shape_of(t), ", q has shape ", shape_of(q),
+        ": [B or 1, S, D/2] is wanted");
+  const bool dense_rows = t.stride(2) == 1 && t.stride(1) == half;
+  return dense_rows ? t : torch::stable::contiguous(t);
+}
+
+// Checked arguments, with the tensors that the pointers in `params` need alive.
+struct RopeArguments {
+  RopeParams params;
+  Tensor cos, sin, q_out, k_out;
+};
+
+RopeArguments rope_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
+                             const Tensor& sin, bool keep_k) {
+  check_cpu(op, "q", q);
+  check_cpu(op, "k", k);
+  check_dim(op, "q", q, 4, "[B, Hq, S, D]");
+  check_dim(op, "k", k, 4, "[B, Hkv, S, D]");
+  check(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3), op,
+        ": q has shape ", shape_of(q), ", k has shape ", shape_of(k),
+        ": batch, length and head_dim must be the same");
+  check(q.size(3) % 2 == 0, op, ": head_dim is ", q.size(3), ": an even number is wanted");
   const DType dtype = float_dtype(op, "q", q);
   check_same_dtype(op, "q", q, "k", k);
-  const int64_t batch = q.size(0), length = q.size(2), head_dim = q.size(3);
-  check(k.size(0) == batch && k.size(2) == length && k.size(3) == head_dim, op, ": q has shape ",
-        shape_of(q), ", k has shape ", shape_of(k),
-        ": batch, length and head_dim must be the same");
-  check(head_dim % 2 == 0, op, ": q has head_dim ", head_dim, ": an even number is wanted");
-  for (int i = 2; i < 4; ++i) {
-    const Tensor& t = *tensors[i];
-    check_dtype(op, names[i], t, ScalarType::Float);
-    check((t.size(0) == batch || t.size(0) == 1) && t.size(1) == length &&
-              t.size(2) == head_dim / 2,
-          op, ": ", names[i], " has shape ", shape_of(t), ": [", batch, " or 1, ", length, ", ",
-          head_dim / 2, "] is wanted");
-    check_contiguous(op, names[i], t);
+  check_dense_last(op, "q", q);
+  check_dense_last(op, "k", k);
+
+  RopeArguments out;
+  out.cos = table(op, "cos", cos, q);
+  out.sin = table(op, "sin", sin, q);
+  check(out.cos.size(0) == out.sin.size(0), op, ": cos has shape ", shape_of(cos),
+        ", sin has shape ", shape_of(sin), ": they must be the same");
+  const bool per_row = out.cos.size(0) > 1;
+  if (per_row && out.cos.stride(0) != out.sin.stride(0)) {
+    out.cos = torch::stable::contiguous(out.cos);
+    out.sin = torch::stable::contiguous(out.sin);
   }
-  check(cos.size(0) == sin.size(0), op, ": cos has shape ", shape_of(cos), ", sin has shape ",
-        shape_of(sin), ": they must be the same");
-  return {
+  out.q_out = torch::stable::new_empty(q, q.sizes());
+  if (keep_k) out.k_out = torch::stable::new_empty(k, k.sizes());
+  out.params = {
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
-      .cos = static_cast<const float*>(cos.const_data_ptr()),
-      .sin = static_cast<const float*>(sin.const_data_ptr()),
-      .q_out = nullptr,
-      .k_out = nullptr,
-      .batch = batch,
+      .cos = static_cast<const float*>(out.cos.const_data_ptr()),
+      .sin = static_cast<const float*>(out.sin.const_data_ptr()),
+      .q_out = out.q_out.mutable_data_ptr(),
+      .k_out = keep_k ? out.k_out.mutable_data_ptr() : nullptr,
+      .batch = q.size(0),
       .q_heads = q.size(1),
       .kv_heads = k.size(1),
-      .length = length,
-      .head_dim = head_dim,
+      .length = q.size(2),
+      .head_dim = q.size(3),
       .q_strides = strides3(q),
       .k_strides = strides3(k),
-      .q_out_strides = {},
-      .k_out_strides = {},
-      .table_batch_stride = cos.size(0) == 1 ? 0 : length * (head_dim / 2),
+      .q_out_strides = strides3(out.q_out),
+      .k_out_strides = keep_k ? strides3(out.k_out) : Strides3{},
+      .table_batch_stride = per_row ? out.cos.stride(0) : 0,
       .dtype = dtype,
   };
+  return out;
 }
 
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos,
                                 const Tensor& sin) {
-  RopeParams p = rope_params("rope", q, k, cos, sin);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
-  p.q_out = q_out.mutable_data_ptr();
-  p.k_out = k_out.mutable_data_ptr();
-  p.q_out_strides = strides3(q_out);
-  p.k_out_strides = strides3(k_out);
-  cpu_kernels().rope(p);
-  return {q_out, k_out};
+  const RopeArguments arguments = rope_arguments("rope", q, k, cos, sin, true);
+  cpu_kernels().rope(arguments.params);
+  return {arguments.q_out, arguments.k_out};
 }
 
 Tensor rope_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
                   const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache,
-                  const Tensor& q_start, const Tensor& kv_len, std::optional<Tensor> k_base) {
-  RopeParams p = rope_params("rope_cache", q, k, cos, sin);
-  const CacheWriteParams cache =
-      cache_params("rope_cache", k_cache, v_cache, k, v, q_start, kv_len, k_base);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  p.q_out = q_out.mutable_data_ptr();
-  p.q_out_strides = strides3(q_out);
-  cpu_kernels().rope_cache(p, cache);
-  return q_out;
+                  const Tensor& q_start, const Tensor& kv_len,
+                  const std::optional<Tensor>& k_base) {
+  const CacheWriteArguments cache =
+      cache_arguments("rope_cache", k_cache, v_cache, k, v, q_start, kv_len, k_base);
+  const RopeArguments arguments = rope_arguments("rope_cache", q, k, cos, sin, false);
+  cpu_kernels().rope_cache(arguments.params, cache.params);
+  return arguments.q_out;
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "params/softcap.h"
 
+#include <cmath>
+
 #include "bindings/check.h"
 #include "cpu/kernels.h"
 
@@ -9,7 +11,8 @@ namespace {
 Tensor softcap(const Tensor& x, double cap) {
   check_cpu("softcap", "x", x);
   const DType dtype = float_dtype("softcap", "x", x);
-  check(cap > 0, "softcap: cap is ", cap, ": a positive number is wanted");
+  check(std::isfinite(cap) && cap > 0, "softcap: cap is ", cap,
+        ": a positive finite number is wanted");
   const Tensor dense = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   cpu_kernels().softcap({

@@ -9,13 +9,8 @@
 
 #include <stdint.h>
 
+#include "common/host_device.h"
 #include "common/mutate.h"
-
-#ifdef __CUDACC__
-#define GEMMA2_HOST_DEVICE __host__ __device__
-#else
-#define GEMMA2_HOST_DEVICE
-#endif
 
 namespace gemma2 {
 

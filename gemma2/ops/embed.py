@@ -1,4 +1,4 @@
-"""The start of the residual stream: rows of the embedding table, scaled."""
+"""Token embedding: rows of the table times the rounded square root of the hidden size."""
 
 from __future__ import annotations
 
@@ -11,41 +11,48 @@ from gemma2.ops._library import library
 
 
 def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """``weight[ids] * scale``, with ``scale`` first rounded to the weight's dtype.
+    """``weight[ids] * round(scale)``, where round is to the weight's dtype: the residual stream.
 
-    The rounding is part of the model: sqrt(2304) = 48 is exact, sqrt(3584) = 59.87 is 59.75 in bfloat16.
+    Gemma 2 multiplies embeddings by sqrt(hidden_size) held in the weight's dtype (59.87 becomes 59.75 in
+    bfloat16), and the published weights expect that. The product is float32, rounded once.
 
     Args:
-        ids: int64, any shape.
+        ids: int64, any shape ``[..]``.
         weight: ``[V, H]``, float32, bfloat16 or float16.
-        scale: sqrt(hidden_size) in Gemma.
+        scale: sqrt(hidden_size), unrounded.
 
     Returns:
-        ``[.., H]``: bfloat16 for bfloat16 weights, float32 otherwise.
+        ``[.., H]``: bfloat16 for a bfloat16 weight, float32 otherwise.
 
     Raises:
-        ValueError: an id outside of the table, or a wrong shape or dtype.
+        ValueError: ids is not int64 or holds a value outside ``[0, V)``, weight is not a matrix of a
+            float dtype with dense rows, or scale is not finite.
     """
     return library.embed(ids, weight, scale)
 
 
+def _out_dtype(weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+
+
 @torch.library.register_fake("gemma2::embed")
 def _(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
-    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=dtype)
+    return weight.new_empty((*ids.shape, weight.shape[1]), dtype=_out_dtype(weight))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ids, weight, scale = inputs
     ctx.save_for_backward(ids)
     ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
-    ctx.scale = torch.tensor(scale, dtype=weight.dtype).float().item()
+    ctx.scale = torch.tensor(scale, dtype=weight.dtype, device="cpu").item()
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (ids,) = ctx.saved_tensors
-    summed = torch.ops.aten.embedding_dense_backward(grad.float(), ids, ctx.rows, -1, False)
-    return None, (summed * ctx.scale).to(ctx.dtype), None
+    # Summed in float32: a frequent token's gradient is a sum of thousands of rows.
+    scaled = grad.float() * ctx.scale
+    grad_weight = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.rows, -1, False)
+    return None, grad_weight.to(ctx.dtype), None
 
 
 torch.library.register_autograd("gemma2::embed", _backward, setup_context=_setup)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,16 +13,17 @@ from gemma2.ops._library import library
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu_tanh(gate) * up``, in float32, rounded once.
 
-    Shazeer 2020 (arXiv 2002.05202), with the tanh form of GELU (arXiv 1606.08415).
+    ``gelu_tanh(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``: GEGLU of Shazeer 2020
+    (arXiv 2002.05202) with the tanh form of gelu (Hendrycks and Gimpel, arXiv 1606.08415).
 
     Args:
-        gate, up: ``[.., width]``, of one shape and dtype: float32, bfloat16 or float16.
+        gate, up: ``[.., F]`` of one shape and dtype: float32, bfloat16 or float16.
 
     Returns:
-        ``[.., width]`` in the same dtype.
+        ``[.., F]`` in the same dtype, contiguous.
 
     Raises:
-        ValueError: shapes or dtypes differ, or are not float ones.
+        ValueError: shapes or dtypes differ, or the dtype is not a float one.
     """
     return library.geglu(gate, up)
 
@@ -39,12 +39,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = ctx.saved_tensors
-    x, g = gate.float(), grad.float()
-    scale = math.sqrt(2 / math.pi)
-    t = torch.tanh(scale * (x + 0.044715 * x**3))
-    gelu = 0.5 * x * (1 + t)
-    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * 0.044715 * x * x)
-    return (g * up.float() * slope).to(gate.dtype), (g * gelu).to(up.dtype)
+    gate32, grad32 = gate.float(), grad.float()
+    grad_up = grad32 * torch.nn.functional.gelu(gate32, approximate="tanh")
+    grad_gate = torch.ops.aten.gelu_backward(grad32 * up.float(), gate32, approximate="tanh")
+    return grad_gate.to(gate.dtype), grad_up.to(up.dtype)
 
 
 torch.library.register_autograd("gemma2::geglu", _backward, setup_context=_setup)

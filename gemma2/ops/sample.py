@@ -1,4 +1,4 @@
-"""From capped logits to a token."""
+"""The next token of every row, from capped logits."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ from gemma2.ops._library import library
 
 def sample(
     logits: Tensor,
-    history: Tensor | None = None,
-    seed: int = 0,
-    step: Tensor | int = 0,
+    history: Tensor | None,
+    seed: int,
+    step: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    """One token per row: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+    """Draws one token a row: penalty, temperature, top-k, top-p and min-p, in this order, then Gumbel-max.
 
-    The draw is Gumbel-max: ``argmax(logit_i - log(-log(u_i)))`` over the tokens that remain, with u_i from
-    Philox4x32-10 (Salmon et al. 2011): key = seed, counter = (i / 4, row, step), word = i mod 4. So a
-    token depends on its logits, the seed, the row and the step alone, on every device.
+    Each step means what its namesake in transformers means:
+
+    * penalty: the score x of every token of the row's history becomes ``x / penalty`` if positive, else
+      ``x * penalty``, once however often the token occurs (Keskar et al. 2019, arXiv 1909.05858);
+    * temperature: scores are divided by it; 0 is greedy, and gives the first of the largest scores;
+    * top-k: scores below the k-th largest are dropped; those equal to it stay, all of them;
+    * top-p: the smallest set of largest scores whose probabilities sum to at least ``top_p`` stays
+      (Holtzman et al. 2019, arXiv 1904.09751);
+    * min-p: scores whose probability is below ``min_p`` times the largest are dropped (Nguyen et al. 2024,
+      arXiv 2407.01082).
+
+    The token is ``argmax(score + g)`` with independent Gumbel numbers ``g = -log(-log(u))``, which is a draw
+    from the softmax of the scores. u comes from Philox4x32-10 with the seed as key and (vocabulary index,
+    row, step) as counter (csrc/common/philox.h), so that a token depends on nothing else: neither on
+    threads, nor on the other rows.
 
     Args:
-        logits: ``[B, V]``, capped; float32, bfloat16 or float16. -inf is never drawn.
-        history: int64 ``[B, L]``, the tokens that the repetition penalty applies to, each once; -1 is
-            no token.
-        seed: of the random numbers, a 64-bit integer.
-        step: int64 scalar (a tensor, so that a captured graph may advance it), the number of the draw.
-        temperature: divides the logits; 0 takes the first largest logit.
-        top_k: keep the k largest, and what equals the k-th; 0 keeps all.
-        top_p: keep the smallest set of most probable tokens whose probabilities sum to at least top_p.
-        min_p: keep tokens at least min_p times as probable as the most probable one.
-        repetition_penalty: divides positive and multiplies negative logits of the history (Keskar et
-            al. 2019, arXiv 1909.05858).
+        logits: ``[B, V]``, float32, bfloat16 or float16; -inf is never drawn.
+        history: int64 ``[B, L]`` for the penalty; negative entries are ignored. May be None.
+        seed: any int64.
+        step: int64 scalar tensor; count it up between calls.
+        temperature: not negative; 0 is greedy.
+        top_k: not negative; 0 keeps all.
+        top_p: in ``(0, 1]``; 1 keeps all.
+        min_p: in ``[0, 1]``; 0 keeps all.
+        repetition_penalty: positive; 1 is none.
 
     Returns:
         int64 ``[B]``.
 
     Raises:
-        ValueError: a parameter out of range, wrong shapes or dtypes, NaN among the logits, or a row
-            without a finite one.
+        ValueError: an argument is outside its range, a shape or dtype does not fit, a history entry is not
+            below V, or a row of logits has NaN, +inf, or nothing above -inf.
     """
-    if not isinstance(step, Tensor):
-        step = torch.tensor(step, dtype=torch.int64, device=logits.device)
     return library.sample(
         logits, history, seed, step, temperature, top_k, top_p, min_p, repetition_penalty
     )
@@ -64,4 +72,4 @@ def _(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+    return logits.new_empty((logits.shape[0],), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The cap on the logits."""
+"""Soft-capping of the logits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from gemma2.ops._library import library
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
-    """``cap * tanh(x / cap)``, in float32, rounded once (Gemma 2 report, section 2).
+    """``cap * tanh(x / cap)``, in float32, rounded once: every element within ``[-cap, cap]``.
+
+    Gemma 2 report (arXiv 2408.00118), section 2.
 
     Args:
         x: any shape, float32, bfloat16 or float16.
-        cap: a positive number; 30 for Gemma 2's logits.
+        cap: positive; 30 for Gemma 2's logits.
 
     Returns:
-        As x.
+        x's shape and dtype, contiguous.
 
     Raises:
-        ValueError: cap is not positive, or the dtype is not a float one.
+        ValueError: x is not of a float dtype, or cap is not positive and finite.
     """
     return library.softcap(x, cap)
 
@@ -38,8 +40,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (x,) = ctx.saved_tensors
-    t = torch.tanh(x.float() / ctx.cap)
-    return (grad.float() * (1 - t * t)).to(x.dtype), None
+    # From x, not from the output, whose rounding would be large against 1 - tanh^2 near the cap.
+    slope = 1.0 - torch.tanh(x.float() / ctx.cap).square()
+    return (grad.float() * slope).to(x.dtype), None
 
 
 torch.library.register_autograd("gemma2::softcap", _backward, setup_context=_setup)
