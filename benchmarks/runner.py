@@ -47,7 +47,7 @@ def available() -> list[str]:
 def time_in_turns(
     calls: dict[str, Callable[[], object]], seconds: float, rounds: int = 3
 ) -> dict[str, Timing | None]:
-    """Time all calls, in `rounds` turns each, so that a slow moment of the machine hits all of them.
+    """Time all calls in turns, `rounds` times, so that a slow moment of the machine hits them all.
 
     A call that raises is given as None, with the reason on stderr.
     """

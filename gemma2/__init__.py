@@ -30,18 +30,18 @@ _EXPORTS = {
 
 __all__ = [*sorted(_EXPORTS), "__version__", "ops", "reference", "tiny"]
 
-if TYPE_CHECKING:
-    from gemma2.cache import HybridCache
-    from gemma2.checkpoint import CheckpointError
-    from gemma2.config import Gemma2Config
-    from gemma2.generation import GenerationConfig, TextStreamer
-    from gemma2.heads import (
-        Gemma2ForCausalLM,
-        Gemma2ForSequenceClassification,
-        Gemma2ForTokenClassification,
-    )
-    from gemma2.model import Gemma2Model, Gemma2PreTrainedModel
-    from gemma2.tokenizer import Tokenizer
+if TYPE_CHECKING:  # `as`: names that type checkers see as exported
+    from gemma2.cache import HybridCache as HybridCache
+    from gemma2.checkpoint import CheckpointError as CheckpointError
+    from gemma2.config import Gemma2Config as Gemma2Config
+    from gemma2.generation import GenerationConfig as GenerationConfig
+    from gemma2.generation import TextStreamer as TextStreamer
+    from gemma2.heads import Gemma2ForCausalLM as Gemma2ForCausalLM
+    from gemma2.heads import Gemma2ForSequenceClassification as Gemma2ForSequenceClassification
+    from gemma2.heads import Gemma2ForTokenClassification as Gemma2ForTokenClassification
+    from gemma2.model import Gemma2Model as Gemma2Model
+    from gemma2.model import Gemma2PreTrainedModel as Gemma2PreTrainedModel
+    from gemma2.tokenizer import Tokenizer as Tokenizer
 
 
 def __getattr__(name: str) -> Any:

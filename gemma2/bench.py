@@ -103,7 +103,7 @@ def _cell(value: object) -> str:
 
 
 def markdown(rows: Iterable[Mapping[str, object]]) -> str:
-    """Give a table of the rows, whose columns are the union of their keys in order of appearance."""
+    """Give a table of the rows; the columns are all of their keys, in order of appearance."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
@@ -184,7 +184,7 @@ def bench_model(
 def _operator_cases(
     config: Gemma2Config, dtype: torch.dtype, context: int
 ) -> dict[str, tuple[str, Callable[[], object], float, float]]:
-    """Give for each operator: shape, call, floating-point operations, bytes moved (at the least)."""
+    """Give for each operator: shape, call, floating-point operations, bytes moved at least."""
     size = torch.empty((), dtype=dtype).element_size()
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -206,7 +206,7 @@ def _operator_cases(
     at = torch.arange(context - rows, context)[None]
     cos, sin = ops.rope_table(at, dim, config.rope_theta)
     whole = torch.tensor([context])
-    rule = {
+    rule: dict[str, Any] = {
         "scale": config.query_scale,
         "softcap": config.attn_logit_softcapping or 0.0,
     }
