@@ -37,6 +37,7 @@ from gemma2.weights import (
     checked_folder,
     find_weights,
     progress_bar,
+    shown,
     slots_of,
 )
 
@@ -228,15 +229,16 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
 
     def shapes(key: str) -> str:
         wanted = list(by_name[rename(key)].tensor.shape)
-        return f"{key}: {list(weights.tensors[key].shape)} in the file, {wanted} in the model"
+        found = list(weights.tensors[key].shape)
+        return f"{shown(key)}: {found} in the file, {wanted} in the model"
 
     def typed(key: str) -> str:
         name = weights.tensors[key].dtype_name
-        return f"{key}: {name}, but a weight is float32, bfloat16, float16 or float64"
+        return f"{shown(key)}: {name}, but a weight is float32, bfloat16, float16 or float64"
 
     for title, entries in (
         ("missing in the file", sorted(missing)),
-        ("not part of the model", sorted(unexpected)),
+        ("not part of the model", [shown(key) for key in sorted(unexpected)]),
         ("of the wrong shape", [shapes(key) for key in sorted(mismatched)]),
         ("of the wrong dtype", [typed(key) for key in sorted(wrong_dtype)]),
         ("wrong in the index", weights.problems),
@@ -246,7 +248,8 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
             lines += [f"    {entry}" for entry in entries[:_LISTED]]
             if len(entries) > _LISTED:
                 lines.append(f"    ... and {len(entries) - _LISTED} more")
-    if missing and set(missing) <= set(_SCORE):
+    lost = {*missing, *mismatched}
+    if lost and lost <= set(_SCORE):
         lines.append("  pass new_head=True to start with a fresh classification head")
     raise CheckpointError(
         f"{weights.entry} does not fit {type(model).__name__}:\n" + "\n".join(lines),

@@ -42,6 +42,13 @@ _PROGRESS_BYTES = 10**9
 PathLike = str | os.PathLike[str]
 
 
+def shown(name: str) -> str:
+    """Give a file's name of a tensor as an error may print it: on one line, and not endless."""
+    if name.isprintable() and len(name) <= 200:
+        return name
+    return repr(name[:200]) + ("..." if len(name) > 200 else "")
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded into the model. The text lists all that is wrong.
 
@@ -128,17 +135,13 @@ class _PickleFile:
         self.path = path
 
     def _load(self) -> dict[str, Tensor]:
+        # Mapping keeps a lying size from taking memory, and leaves out the format before torch 1.6.
         try:
-            try:
-                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                # the format from before torch 1.6 cannot be mapped
-                state = torch.load(self.path, map_location="cpu", weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
             raise CheckpointError(
-                f"{self.path}: refused: it is damaged, or holds more than tensors"
+                f"{self.path}: refused: it is damaged, holds more than tensors, or is older than "
+                "torch 1.6"
             ) from error
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
@@ -148,7 +151,8 @@ class _PickleFile:
             size = tensor.numel() * tensor.element_size()
             if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < size:
                 raise CheckpointError(
-                    f"{self.path}: {name} of shape {list(tensor.shape)} is not stored in full"
+                    f"{self.path}: {shown(name)} of shape {list(tensor.shape)} is not stored in "
+                    "full"
                 )
         return state
 
@@ -254,11 +258,15 @@ def _from_index(folder: Path, entry: Path) -> Weights:
         if name in files[file]:
             weights.tensors[name] = files[file][name]
         else:
-            weights.problems.append(f"{entry.name} puts {name} into {file}, which does not hold it")
+            weights.problems.append(
+                f"{entry.name} puts {shown(name)} into {file}, which does not hold it"
+            )
     for file, infos in files.items():
         for name in infos:
             if name not in weight_map:
-                weights.problems.append(f"{file} holds {name}, which {entry.name} does not name")
+                weights.problems.append(
+                    f"{file} holds {shown(name)}, which {entry.name} does not name"
+                )
     return weights
 
 
@@ -268,12 +276,15 @@ def _inside(folder: Path, name: str, entry: Path) -> Path:
     if (
         name != Path(name).name
         or "\\" in name
-        or "\0" in name
+        or not name.isprintable()
+        or len(name) > 255
         or Path(name).suffix not in (".safetensors", ".bin")
     ):
-        raise CheckpointError(f"{entry}: weight_map names the file {name!r}: it must be {wanted}")
+        raise CheckpointError(
+            f"{entry}: weight_map names the file {name[:300]!r}: it must be {wanted}"
+        )
     path = folder / name
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # unlike resolve(), no error for links in a circle
     allowed = [folder.resolve()]
     # The hub's cache keeps snapshots/<revision>/<name> as links into blobs/ beside it.
     if allowed[0].parent.name == "snapshots":

@@ -70,6 +70,27 @@ def test_a_preset_takes_single_changes() -> None:
     ]
 
 
+def test_the_hub_s_file_of_the_2b_is_the_preset() -> None:
+    published = """{
+        "architectures": ["Gemma2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+        "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304, "initializer_range": 0.02, "intermediate_size": 9216,
+        "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+        "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "sliding_window": 4096, "torch_dtype": "float32", "transformers_version": "4.42.4",
+        "use_cache": true, "vocab_size": 256000
+    }"""
+    config = Gemma2Config.from_dict(json.loads(published))
+    expected = Gemma2Config.gemma2_2b(
+        dtype="float32", architectures=["Gemma2ForCausalLM"], extra=config.extra
+    )
+    assert config == expected
+    assert set(config.extra) == {"cache_implementation", "hidden_act", "transformers_version"}
+
+
 def test_layer_zero_slides_and_layers_alternate() -> None:
     config = read()
     assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
