@@ -209,3 +209,66 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, accumulated wide, rounded once."""
     wide = _compute_dtype(x)
     return (x.to(wide) @ weight.to(wide).T).to(x.dtype)
+
+
+def philox(counter: Tensor, seed: int) -> Tensor:
+    """Philox4x32-10 of counters int64 ``[.., 4]``, as four 32-bit words in int64 ``[.., 4]``."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = seed & low, (seed >> 32) & low
+
+    def mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        # In halves: int64 has no room for an unsigned 64-bit product.
+        bottom, top = a * (b & 0xFFFF), a * (b >> 16)
+        middle = top + (bottom >> 16)
+        return middle >> 16, ((middle & 0xFFFF) << 16) | (bottom & 0xFFFF)
+
+    for _ in range(10):
+        (hi0, lo0), (hi1, lo1) = mulhilo(0xD2511F53, c0), mulhilo(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def gumbel(rows: int, vocab: int, seed: int, step: int) -> Tensor:
+    """The noise of :func:`sample`, float64 ``[rows, vocab]``."""
+    index = torch.arange(-(-vocab // 4))
+    row = torch.arange(rows)[:, None].expand(-1, len(index))
+    words = [index.expand_as(row), row, torch.full_like(row, step & 0xFFFFFFFF)]
+    counter = torch.stack([*words, torch.full_like(row, step >> 32)], dim=-1)
+    uniform = ((philox(counter, seed) >> 9).double() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform.flatten(1)[:, :vocab]))
+
+
+def sample(
+    logits: Tensor,
+    history: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """Repetition penalty, temperature, top-k, top-p, min-p, Gumbel-max; in float64."""
+    x = logits.double().clone()
+    if history is not None:
+        seen = torch.zeros_like(x, dtype=torch.bool)
+        for b, tokens in enumerate(history):
+            seen[b, tokens[tokens >= 0]] = True
+        penalised = torch.where(x > 0, x / repetition_penalty, x * repetition_penalty)
+        x = torch.where(seen, penalised, x)
+    if temperature == 0:
+        return x.argmax(-1)
+    x = (x - x.amax(-1, keepdim=True)) / temperature
+    if 0 < top_k < x.shape[1]:
+        x = x.masked_fill(x < x.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered = x.sort(-1, descending=True).values
+        mass = ordered.softmax(-1).cumsum(-1)
+        last = (mass < top_p).sum(-1, keepdim=True).clamp(max=x.shape[1] - 1)
+        x = x.masked_fill(x < ordered.gather(-1, last), -math.inf)
+    if min_p > 0:
+        x = x.masked_fill(x < math.log(min_p), -math.inf)
+    return (x + gumbel(x.shape[0], x.shape[1], seed, step)).argmax(-1)

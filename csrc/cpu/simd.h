@@ -232,6 +232,32 @@ inline vf32 tanh(vf32 x) {
   return x == x ? y : x;
 }
 
+// Natural logarithm of positive normal numbers: x = 2^n m with m in [sqrt(1/2), sqrt(2)), and Cephes' logf
+// polynomial in m - 1. 0 and subnormals give -infinity.
+inline vf32 log(vf32 x) {
+  const vu32 bits = as_bits(x);
+  // Adding the distance from sqrt(1/2) to 1 carries into the exponent exactly when m >= sqrt(2).
+  const vu32 shifted = bits + (0x3f800000 - 0x3f3504f3);
+  const vf32 n = __builtin_convertvector((vi32)(shifted >> 23) - 127, vf32);
+  const vf32 m = as_float((shifted & 0x007fffff) + 0x3f3504f3);
+  const vf32 r = m - 1.0f;
+  const vf32 z = r * r;
+  vf32 p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  vf32 y = p * r * z;
+  y = y - n * 2.12194440e-4f;
+  y = y - 0.5f * z;
+  y = (r + y) + n * 0.693359375f;
+  return x < 1.17549435e-38f ? splat(-__builtin_inff()) : y;
+}
+
 // ---- Types, threads, memory ----
 
 template <typename T>

@@ -4,6 +4,10 @@
 
 namespace gemma2 {
 
+// What `out` holds for a row that has no token.
+constexpr int64_t kSampleNotFinite = -1;    // NaN or +infinity among the logits
+constexpr int64_t kSampleNothingLeft = -2;  // every logit is -infinity
+
 // One token per row of capped logits: repetition penalty, temperature, top-k, top-p, min-p, then the
 // Gumbel-max draw with the integers of common/philox.h. temperature 0: the first largest logit.
 struct SampleParams {
