@@ -829,53 +829,54 @@ def test_a_module_without_our_config_is_refused(tmp_path: Path) -> None:
 
 # ---- transformers -------------------------------------------------------------------------------
 
-# Run by the interpreter that finds transformers, in either major version: saves random models, then
-# loads what we saved and compares it with the tensors that we wrote beside it.
+# Run by the interpreter that finds transformers, in either major version: saves random models with
+# their tensors beside them, and loads what we saved. What goes wrong is written to a file.
 THEIRS = """
-import sys
+import sys, traceback
 from pathlib import Path
 import torch, transformers
 from safetensors.torch import load_file, save_file
 
-names = ["Gemma2Model", "Gemma2ForCausalLM", "Gemma2ForSequenceClassification",
-         "Gemma2ForTokenClassification"]
-action, root = sys.argv[1], Path(sys.argv[2])
-for name in names:
-    cls = getattr(transformers, name)
-    folder = root / name
-    if action == "save":
-        config = transformers.Gemma2Config(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8,
-            max_position_embeddings=64, num_labels=3)
-        model = cls(config).to(torch.bfloat16)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_()
-        model.save_pretrained(folder, max_shard_size="20KB")
-    else:
-        model, info = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            assert not info[kind], (name, kind, info[kind])
-        assert model.dtype == torch.bfloat16, (name, model.dtype)
-    tensors = {key: value.detach().clone() for key, value in model.named_parameters()}
-    expected = root / f"{name}.tensors"
-    if action == "save":
-        save_file(tensors, expected)
-    else:
-        ours = load_file(expected)
-        assert tensors.keys() == ours.keys(), name
-        assert all(torch.equal(tensors[key], ours[key]) for key in ours), name
-        if hasattr(model, "score"):
-            assert model.config.num_labels == 3
-        assert action == "save" or model.config.query_pre_attn_scalar == 144
+def save(cls, folder, tensors):
+    model = cls(transformers.Gemma2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8,
+        max_position_embeddings=64, num_labels=3)).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    save_file({name: value.detach().clone() for name, value in model.named_parameters()}, tensors)
+
+def load(cls, folder, tensors):
+    model, info = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], (kind, info[kind])
+    found, expected = dict(model.named_parameters()), load_file(tensors)
+    assert found.keys() == expected.keys(), (found.keys(), expected.keys())
+    for name, value in expected.items():
+        assert found[name].dtype == torch.bfloat16 and torch.equal(found[name], value), name
+    assert model.config.num_labels == 3
+    assert model.config.query_pre_attn_scalar == 144
+
+root = Path(sys.argv[1])
+for action in (save, load):
+    place = root / action.__name__
+    place.mkdir(exist_ok=True)
+    try:
+        for name in sys.argv[2:]:
+            action(getattr(transformers, name), place / name, place / f"{name}.tensors")
+    except Exception:
+        (place / "error").write_text(traceback.format_exc())
 print("transformers", transformers.__version__)
 """
 
 
-def run_theirs(action: str, root: Path, version: int) -> None:
+@pytest.fixture(scope="module", params=[4, 5])
+def exchange(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with save/, what transformers saved, and load/, what we saved and it has loaded."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1")
-    if version == 5:
+    if request.param == 5:
         place = os.environ.get("GEMMA2_TEST_TRANSFORMERS5")
         if not place:
             pytest.skip("GEMMA2_TEST_TRANSFORMERS5 names no folder with transformers 5")
@@ -883,19 +884,8 @@ def run_theirs(action: str, root: Path, version: int) -> None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (place, old)))
     else:
         pytest.importorskip("transformers")
-    done = subprocess.run(
-        [sys.executable, "-c", THEIRS, action, str(root)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"transformers {version}." in done.stdout
-
-
-@pytest.mark.parametrize("version", [4, 5])
-def test_transformers_loads_what_we_save(version: int, tmp_path: Path) -> None:
+    root = tmp_path_factory.mktemp("exchange")
+    (root / "load").mkdir()
     for cls in CLASSES:
         model = tiny(
             cls,
@@ -905,17 +895,30 @@ def test_transformers_loads_what_we_save(version: int, tmp_path: Path) -> None:
             # as the hub's files have them
             extra={"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"},
         )
-        save_pretrained(model, tmp_path / cls.__name__, max_shard_size="20KB")
-        save_file(tensors_of(model), tmp_path / f"{cls.__name__}.tensors")
-    run_theirs("load", tmp_path, version)
+        save_pretrained(model, root / "load" / cls.__name__, max_shard_size="20KB")
+        save_file(tensors_of(model), root / "load" / f"{cls.__name__}.tensors")
+    done = subprocess.run(
+        [sys.executable, "-c", THEIRS, str(root), *(cls.__name__ for cls in CLASSES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"transformers {request.param}." in done.stdout, done.stderr[-3000:]
+    return root
 
 
-@pytest.mark.parametrize("version", [4, 5])
-def test_we_load_what_transformers_saves(version: int, tmp_path: Path) -> None:
-    run_theirs("save", tmp_path, version)
+def test_transformers_loads_what_we_save(exchange: Path) -> None:
+    error = exchange / "load" / "error"
+    assert not error.exists(), error.read_text()
+
+
+def test_we_load_what_transformers_saves(exchange: Path) -> None:
+    error = exchange / "save" / "error"
+    assert not error.exists(), error.read_text()
     for cls in CLASSES:
-        loaded: Any = from_pretrained(cls, tmp_path / cls.__name__)
-        assert_same(loaded, load_file(tmp_path / f"{cls.__name__}.tensors"))
+        loaded: Any = from_pretrained(cls, exchange / "save" / cls.__name__)
+        assert_same(loaded, load_file(exchange / "save" / f"{cls.__name__}.tensors"))
         assert loaded.config.num_labels == 3
         assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
 
