@@ -22,7 +22,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> Iterator[None]:
-    """A test's numbers depend on nothing that ran before it, and it leaves torch's switches alone."""
+    """A test's numbers depend on nothing that ran before; torch's switches are put back."""
     torch.manual_seed(0)
     deterministic = torch.are_deterministic_algorithms_enabled()
     threads = torch.get_num_threads()

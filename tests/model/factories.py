@@ -202,7 +202,7 @@ def padded(rows: list[Tensor], side: str, pad: int = 0) -> tuple[Tensor, Tensor]
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """The largest error over the root mean square of the exact values: no element hides in a mean."""
+    """The largest error over the root mean square of the exact values: none hides in a mean."""
     exact = exact.double()
     scale = exact.square().mean().sqrt().clamp(min=1e-300)
     return float((actual.double() - exact).abs().max() / scale)

@@ -41,7 +41,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def who_sees_whom(mask: Tensor, window: int, documents: Tensor | None = None) -> Tensor:
-    """bool [B, S, S] by query and key: causal, the window counts the query itself, keys are no pads.
+    """bool [B, S, S] by query and key: causal, the window counts the query itself, no pads.
 
     Args:
         mask: [B, S], 1 = token.

@@ -1,7 +1,7 @@
 """The whole model against float64 and against transformers' eager model of the same weights.
 
-The rule: float32 within 1e-5 of float64, or no worse than twice what eager transformers does; bf16 and
-fp16 no worse than eager on average.
+The rule: float32 within 1e-5 of float64, or no worse than twice what eager transformers does;
+bf16 and fp16 no worse than eager on average.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ def assert_within(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> Non
     assert error <= max(1e-5, min(allowed, 1e-4)), (
         f"{what}: {error:.2e}, twice eager's {allowed:.2e}"
     )
+
+
+def assert_gradient(ours: Tensor, theirs: Tensor, truth: Tensor, what: str) -> None:
+    """1e-5 by norm (or twice eager's), and 1e-4 for the worst element: gradients have long tails."""
+    assert ours.shape == truth.shape, f"{what}: shape {list(ours.shape)}, not {list(truth.shape)}"
+    error, allowed = (float((g.double() - truth).norm() / truth.norm()) for g in (ours, theirs))
+    assert error <= max(1e-5, min(2 * allowed, 5e-5)), f"{what}: {error:.2e}, eager {allowed:.2e}"
+    assert F.relative_error(ours, truth) <= 1e-4, f"{what}: {F.relative_error(ours, truth):.2e}"
 
 
 def mean_error(actual: Tensor, truth: Tensor) -> float:
@@ -296,7 +304,7 @@ def test_gradients_of_every_parameter_equal_float64(shape: str, side: str) -> No
     theirs = gradients(F.twin(F.config(shape)), **inputs)
     assert set(ours) == set(truth), set(ours) ^ set(truth)
     for name, want in truth.items():
-        assert_within(ours[name], theirs[name], want, f"gradient of {name}")
+        assert_gradient(ours[name], theirs[name], want, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("shape", PUBLISHED)
@@ -340,7 +348,7 @@ def test_sequence_head_gradients_equal_float64() -> None:
     ours = gradients(F.build(config, "sequence"), **inputs)
     theirs = gradients(F.twin(config, "sequence"), **inputs)
     for name, weight in state.items():
-        assert_within(ours[name], theirs[name], weight.grad, f"gradient of {name}")
+        assert_gradient(ours[name], theirs[name], weight.grad, f"gradient of {name}")
 
 
 # ---- greedy tokens ------------------------------------------------------------------------------
@@ -358,9 +366,11 @@ def test_greedy_tokens_equal_transformers_and_float64(shape: str) -> None:
         best = logits.topk(2).values
         assert float((best[:, 0] - best[:, 1]).min()) > 1e-4, "a tie: choose another seed"
         want = torch.cat([want, logits.argmax(-1, keepdim=True)], dim=1)
-    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
-    theirs = F.twin(config).generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    ours = F.tiny(shape).generate(ids, **settings)
+    settings = {"max_new_tokens": new, "do_sample": False}
+    theirs = F.twin(config).generate(
+        ids, attention_mask=torch.ones_like(ids), eos_token_id=-1, **settings
+    )
+    ours = F.tiny(shape).generate(ids, eos_token_id=[], **settings)
     assert torch.equal(theirs, want)
     assert torch.equal(ours, want)
 
@@ -370,10 +380,12 @@ def test_greedy_tokens_of_left_padded_prompts_equal_those_of_each_alone() -> Non
     rows = [F.tokens(1, n, n)[0] for n in (11, 2, 7)]
     ids, mask = F.padded(rows, "left")
     model = F.tiny("27b")
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    together = model.generate(ids, attention_mask=mask, **settings)
-    theirs = F.twin(F.config("27b")).generate(ids, attention_mask=mask, pad_token_id=0, **settings)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    together = model.generate(ids, attention_mask=mask, eos_token_id=[], **settings)
+    theirs = F.twin(F.config("27b")).generate(
+        ids, attention_mask=mask, eos_token_id=-1, pad_token_id=0, **settings
+    )
     assert torch.equal(together, theirs)
     for b, row in enumerate(rows):
-        alone = model.generate(row[None], **settings)
+        alone = model.generate(row[None], eos_token_id=[], **settings)
         assert torch.equal(together[b, -12:], alone[0, -12:]), f"row {b}"

@@ -98,7 +98,7 @@ class Conversation:
                 want = logits[b, self.lengths[b] : self.lengths[b] + count]
                 error = F.relative_error(self.out[b, mask[b].bool()], want)
                 assert error < TOLERANCE, (
-                    f"row {b}, tokens {self.lengths[b]} to {self.lengths[b] + count - 1}: {error:.1e}"
+                    f"row {b}, {count} tokens from {self.lengths[b]} on: {error:.1e}"
                 )
             self.lengths[b] += count
         assert torch.isfinite(self.out).all()
@@ -117,7 +117,7 @@ class Conversation:
 
 
 def start(window: int, length: int, side: str, chunk: int) -> Conversation:
-    """Prefills rows of length, length - 3 and 2 tokens (or three equal ones) in chunks of columns."""
+    """Prefills rows of length, length - 3 and 2 tokens (or three equal ones) by chunks."""
     rows = 3
     lengths = [length] * rows if side == "none" else [length, length - 3, 2]
     config = F.config("three", sliding_window=window)
@@ -241,7 +241,7 @@ def test_short_caches_equal_uncached_up_to_their_last_slot(max_cache_len: int) -
 def attention_by_chunks(
     q: Tensor, k: Tensor, v: Tensor, chunk: int, window: int, capacity: int
 ) -> tuple[Tensor, Tensor]:
-    """attention of all positions through a ring of `capacity` slots, `chunk` positions at a time."""
+    """Attention of all positions through a ring of `capacity` slots, by chunks."""
     batch, _, length, _ = q.shape
     ring = [torch.zeros(batch, k.shape[1], capacity, k.shape[3], dtype=k.dtype) for _ in range(2)]
     outs, lses = [], []
