@@ -586,20 +586,17 @@ def _config(args: argparse.Namespace) -> tuple[Gemma2Config, str]:
 def _describe(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from gemma2.cache import HybridCache
+    from gemma2.bench import cache_bytes
 
     config, name = _config(args)
     with torch.device("meta"):
         parameters = gemma2.Gemma2ForCausalLM(config).num_parameters()
-    slots_of = config.num_key_value_heads * config.head_dim * 2  # k and v
-    cache = {}
-    lengths = sorted({512, 2048, 4096, 8192, 32768, config.max_position_embeddings})
-    for length in lengths:
-        if length > config.max_position_embeddings:
-            continue
-        # rings on sliding layers: counted by the cache itself, which allocates when it is used
-        slots = sum(layer.capacity for layer in HybridCache(config, 1, length).layers)
-        cache[str(length)] = _bytes(args, slots * slots_of * 2)
+    lengths = {512, 2048, 4096, 8192, 32768, config.max_position_embeddings}
+    cache = {
+        str(length): _bytes(args, cache_bytes(config, length, torch.bfloat16))
+        for length in sorted(lengths)
+        if length <= config.max_position_embeddings
+    }
     window = config.sliding_window
     return {
         "name": name,
@@ -681,6 +678,10 @@ def _bench(args: argparse.Namespace) -> None:
         if args.size or args.model:
             config, _ = _config(args)
         names = [] if "all" in args.what else args.what
+        for name in names:
+            if name not in bench.OPERATORS:
+                known = ", ".join(bench.OPERATORS)
+                args.parser.error(f"there is no operator {name!r}: there are {known}, all")
         rows = bench.bench_operators(config, dtype, names, args.context, progress=_say)
     else:
         if args.size:
