@@ -235,7 +235,7 @@ class GenerationMixin(nn.Module):
                 warnings.warn(
                     f"generate: {', '.join(useless)} given, but do_sample is False: the most "
                     "probable token is taken each time; pass do_sample=True to sample",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
         device = self._check_device(input_ids, inputs_embeds, attention_mask)
         vocab = self.config.vocab_size
@@ -526,7 +526,7 @@ def _padding_mask(
         warnings.warn(
             f"generate: input_ids contains pad_token_id ({pad}) and no attention_mask is given: "
             "these tokens are taken as padding; pass attention_mask to say what is meant",
-            stacklevel=5,
+            stacklevel=4,
         )
         return mask
     if attention_mask.shape != (batch, columns):

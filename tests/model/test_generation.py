@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gemma2
 from gemma2 import GenerationConfig, HybridCache, TextStreamer
@@ -82,6 +84,38 @@ def test_padding_between_tokens_is_not_seen(model):
     mask[1, 8] = False
     out = new_tokens(model, ids, 6, attention_mask=mask)
     assert torch.equal(out[1], new_tokens(model, row[:, mask[1]], 6)[0])
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_any_padding_chunking_and_continuation_gives_what_each_row_gives_alone(data):
+    model = tiny("three")
+    columns = data.draw(st.integers(2, 40), "columns")
+    rows = data.draw(st.integers(1, 3), "rows")
+    seed = data.draw(st.integers(0, 1000), "seed")
+    generator = torch.Generator().manual_seed(seed)
+    density = data.draw(st.sampled_from([0.3, 0.8, 1.0]), "density")
+    mask = torch.rand(rows, columns, generator=generator) < density
+    mask[:, -1] |= ~mask.any(1)
+    chunk = data.draw(st.sampled_from([None, 1, 5]), "chunk")
+    cached = data.draw(st.integers(0, columns - 1), "columns in the cache")
+    ids = tokens(rows, columns, seed=seed)
+    cache = HybridCache(model.config, rows)
+    if mask[:, :cached].any(1).all() and mask[:, cached:].any(1).all():
+        # the first part, whose new token, not being in the cache, is forgotten
+        model.generate(
+            ids[:, :cached],
+            attention_mask=mask[:, :cached],
+            max_new_tokens=1,
+            past_key_values=cache,
+            **NEVER,
+        )
+    out = new_tokens(
+        model, ids, 4, attention_mask=mask, past_key_values=cache, prefill_chunk_size=chunk
+    )
+    for b in range(rows):
+        alone = uncached(model, ids[b : b + 1, mask[b]], 4)[0, -4:]
+        assert torch.equal(out[b], alone), f"row {b}"
 
 
 def test_content_of_padding_does_not_matter_even_outside_the_vocabulary(model):
@@ -190,8 +224,9 @@ def test_lengths_count_new_tokens_or_all_columns(model):
 
 def test_pads_without_a_mask_are_padding_and_that_is_said(model):
     ids, mask = padded([tokens(1, 4)[0], tokens(1, 9)[0]], "left")
-    with pytest.warns(UserWarning, match="pad_token_id \\(0\\) and no attention_mask"):
-        out = new_tokens(model, ids, 5)
+    with pytest.warns(UserWarning, match="pad_token_id \\(0\\) and no attention_mask") as said:
+        out = model.generate(ids, max_new_tokens=5, **NEVER)[:, 9:]
+    assert said[0].filename == __file__, "it points at the call"
     assert torch.equal(out, new_tokens(model, ids, 5, attention_mask=mask))
 
 
@@ -256,9 +291,13 @@ def test_top_k_larger_than_the_vocabulary_keeps_everything(model):
 
 def test_sampling_options_without_sampling_are_pointed_out(model):
     ids = tokens(1, 6)
-    with pytest.warns(UserWarning, match="temperature, top_p given, but do_sample is False"):
-        out = new_tokens(model, ids, 3, temperature=0.7, top_p=0.9)
-    assert torch.equal(out, new_tokens(model, ids, 3))
+    with pytest.warns(UserWarning, match="temperature, top_p given, but do_sample") as said:
+        out = model.generate(ids, max_new_tokens=3, temperature=0.7, top_p=0.9, **NEVER)
+    assert said[0].filename == __file__, "it points at the call"
+    assert torch.equal(out[:, 6:], new_tokens(model, ids, 3))
+    with pytest.warns(UserWarning, match="top_k given") as said:
+        model.stream(ids, top_k=3)
+    assert said[0].filename == __file__
 
 
 def test_a_high_repetition_penalty_repeats_nothing_of_prompt_and_text(model):
