@@ -8,9 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
-
 from wordnet import DEFINITION, Document
 
 PAD, EOS, BOS, UNK = range(4)
@@ -20,13 +28,15 @@ MAX_TOKENS = 128
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A BPE tokenizer like Gemma's (spaces as "▁", unknown bytes as <0xNN>, BOS put in front), lower-cased.
+    """A lower-casing BPE tokenizer like Gemma's: spaces as "▁", unknown bytes as <0xNN>, BOS.
 
-    Words, single digits and single punctuation marks are never merged with each other, so that the marker
-    after a headword is always the same token.
+    Words, single digits and single punctuation marks are never merged with each other, so that
+    the marker after a headword is always the same token.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"▁?[\p{L}\p{M}]+|▁?\p{N}|▁?[^\p{L}\p{M}\p{N}▁]|▁"), behavior="isolated"
     )
@@ -74,7 +84,9 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Row]:
         rows.append(
             Row(
                 ids=[*encoding.ids, EOS][:MAX_TOKENS],
-                labels=[IGNORE if label is None else label for label in (None, *labels, None)][:MAX_TOKENS],
+                labels=[IGNORE if label is None else label for label in (None, *labels, None)][
+                    :MAX_TOKENS
+                ],
                 is_target=[False, *(end > marker + 1 for end in ends), True][:MAX_TOKENS],
                 label=document.synset.label,
             )
@@ -91,7 +103,9 @@ class Batch:
     next_ids: Tensor  # int64: the token to predict, or IGNORE
     token_labels: Tensor  # int64, or IGNORE
     classes: Tensor  # int64 [B]
-    class_weights: Tensor  # float32, sums to 1 a row: half on the definition's last token, half on the others
+    class_weights: (
+        Tensor  # float32, sums to 1 a row: half on the definition's last token, half on the others
+    )
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -103,7 +117,10 @@ def collate(rows: Sequence[Row]) -> Batch:
     token_labels = padded((row.labels for row in rows), IGNORE)
     next_ids = padded(
         (
-            [token if wanted else IGNORE for token, wanted in zip(row.ids[1:], row.is_target[1:], strict=True)]
+            [
+                token if wanted else IGNORE
+                for token, wanted in zip(row.ids[1:], row.is_target[1:], strict=True)
+            ]
             for row in rows
         ),
         IGNORE,
@@ -121,7 +138,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def batches(rows: Sequence[Row], tokens: int, rng: random.Random | None = None) -> list[list[Row]]:
-    """Rows in groups of about equal length, at most `tokens` tokens with padding; shuffled if `rng` is given."""
+    """Groups of rows of about equal length, at most `tokens` tokens each; `rng` shuffles them."""
     order = sorted(rows, key=(lambda row: (len(row), rng.random())) if rng else len)
     groups: list[list[Row]] = [[]]
     for row in order:

@@ -1,8 +1,8 @@
 """WordNet 3.0 as training data: synsets, documents with a label per character, the held-out split.
 
-Reads the files `data.{noun,verb,adj,adv}`, `index.*` and `*.exc` of the Debian package `wordnet-base`
-(`apt-get install wordnet-base` puts them in /usr/share/wordnet). The formats are described in wndb(5WN).
-Nothing here knows about tokens or models.
+Reads the files `data.{noun,verb,adj,adv}`, `index.*` and `*.exc` of the Debian package
+`wordnet-base` (`apt-get install wordnet-base` puts them in /usr/share/wordnet). The formats are
+described in wndb(5WN). Nothing here knows about tokens or models.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # The 45 lexicographer files, by number: lexnames(5WN).
+# fmt: off
 CLASSES = (
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
-    "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
-    "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
-    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
-    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation "
-    "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather "
-    "adj.ppl"
-).split()
+    "adj.all", "adj.pert", "adv.all", "noun.Tops", "noun.act", "noun.animal", "noun.artifact",
+    "noun.attribute", "noun.body", "noun.cognition", "noun.communication", "noun.event",
+    "noun.feeling", "noun.food", "noun.group", "noun.location", "noun.motive", "noun.object",
+    "noun.person", "noun.phenomenon", "noun.plant", "noun.possession", "noun.process",
+    "noun.quantity", "noun.relation", "noun.shape", "noun.state", "noun.substance", "noun.time",
+    "verb.body", "verb.change", "verb.cognition", "verb.communication", "verb.competition",
+    "verb.consumption", "verb.contact", "verb.creation", "verb.emotion", "verb.motion",
+    "verb.perception", "verb.possession", "verb.social", "verb.stative", "verb.weather",
+    "adj.ppl",
+)
+# fmt: on
 
 # Labels of the token head; the marker between headword and definition belongs to none of them.
 TOKEN_LABELS = ("definition", "example", "headword")
@@ -42,7 +46,9 @@ class Synset:
     key: str  # part of speech and offset, such as "n00001740"
     label: int  # index into CLASSES
     lemmas: list[str]
-    ranks: list[int]  # of each lemma: 1 if this is the lemma's most frequent sense in its part of speech
+    ranks: list[
+        int
+    ]  # of each lemma: 1 if this is the lemma's most frequent sense in its part of speech
     definition: str
     examples: list[str]
     hypernyms: list[str] = field(default_factory=list)  # keys
@@ -55,7 +61,7 @@ class Synset:
 
 @dataclass(frozen=True)
 class Document:
-    """Pieces of text in order; joined they are the document. A label of None is not trained or scored."""
+    """Pieces of text in order with the token head's label; None is not trained or scored."""
 
     synset: Synset
     pieces: tuple[tuple[str, int | None], ...]
@@ -135,7 +141,7 @@ def split_gloss(gloss: str) -> tuple[str, list[str]]:
 
 
 def is_held_out(synset: Synset, percent: int = 5, seed: int = 0) -> bool:
-    """Whether a synset is held out. By hash of its definition, so that equal glosses stay on one side."""
+    """Whether a synset is held out: by hash of its definition, so equal ones stay together."""
     words = re.sub(r"[^a-z0-9]+", " ", synset.definition.lower()).strip()
     digest = hashlib.sha256(f"{seed} {words}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < percent
@@ -167,7 +173,8 @@ def read_exceptions(folder: Path | str) -> dict[str, list[str]]:
 class Documents:
     """Writes documents `headword: definition; "example"` for synsets.
 
-    Examples of a synset illustrate one of its words each; a document keeps those with its own headword.
+    Examples of a synset illustrate one of its words each; a document keeps those with its own
+    headword.
     """
 
     def __init__(self, synsets: list[Synset], exceptions: dict[str, list[str]]) -> None:
@@ -180,7 +187,10 @@ class Documents:
         first, *rest = lemma.lower().split(" ")
         forms = [re.escape(form) for form in [first, *self.exceptions.get(first, [])]]
         stem = re.escape(first)
-        forms += [stem + "(?:s|es|d|ed|ing|er|r|est|st|'s)", stem + re.escape(first[-1:]) + "(?:ed|ing|er|est)"]
+        forms += [
+            stem + "(?:s|es|d|ed|ing|er|r|est|st|'s)",
+            stem + re.escape(first[-1:]) + "(?:ed|ing|er|est)",
+        ]
         if first.endswith("e"):
             forms.append(re.escape(first[:-1]) + "ing")
         if first.endswith("y"):
@@ -196,9 +206,10 @@ class Documents:
         return [example for example in synset.examples if pattern.search(example)][:MAX_EXAMPLES]
 
     def document(self, synset: Synset, head: str = "", lemma: str | None = None) -> Document:
-        """The document of `synset` with `head` before the marker (default: the lemma, else nothing).
+        """The document of `synset` with `head` before the marker (default: lemma, else nothing).
 
-        The headword inside examples is labelled by `lemma`; without one, any lemma of the synset counts.
+        The headword inside examples is labelled by `lemma`; without one, any lemma of the synset
+        counts.
         """
         head = head or lemma or ""
         pieces: list[tuple[str, int | None]] = [(head, HEADWORD)] if head else []
@@ -214,7 +225,9 @@ class Documents:
         return Document(synset, tuple(pieces))
 
     def _occurrences(self, text: str, lemmas: list[str]) -> Iterator[tuple[int, int]]:
-        spans = sorted(match.span() for lemma in lemmas for match in self.pattern(lemma).finditer(text))
+        spans = sorted(
+            match.span() for lemma in lemmas for match in self.pattern(lemma).finditer(text)
+        )
         end = 0
         for start, stop in spans:
             if start >= end:
@@ -228,8 +241,9 @@ class Documents:
     def training_document(self, synset: Synset, rng: random.Random) -> Document:
         """A document drawn for one epoch: 55 % a word, 30 % no headword, 15 % (nouns) a phrase.
 
-        Words for which the meaning is the usual one are drawn more often. Documents without a headword
-        teach the classifier, which sees none; phrases ("a small bird") teach to define what has no entry.
+        Words for which the meaning is the usual one are drawn more often. Documents without a
+        headword teach the classifier, which sees none; phrases ("a small bird") teach to define
+        what has no entry.
         """
         draw = rng.random()
         if draw < 0.30:
@@ -245,7 +259,7 @@ class Documents:
         return self.document(synset, head=head, lemma=lemma)
 
     def phrase(self, synset: Synset, rng: random.Random) -> str | None:
-        """What a definition starts with, or its adjectives before a more general noun: "a small bird"."""
+        """A definition's first words, or its adjectives and a more general noun: "a small bird"."""
         if synset.pos != "n":
             return None
         words = genus_phrase(synset.definition)
@@ -260,14 +274,18 @@ class Documents:
         return with_article(phrase) if rng.random() < 0.7 else phrase
 
 
-_STOP = frozenset(
-    "of that which who whose with used for in having by to or and from as on at into containing made "
-    "where when between among resulting consisting usually especially worn found formed not".split()
-)
+# fmt: off
+_STOP = frozenset((
+    "of", "that", "which", "who", "whose", "with", "used", "for", "in", "having", "by", "to",
+    "or", "and", "from", "as", "on", "at", "into", "containing", "made", "where", "when",
+    "between", "among", "resulting", "consisting", "usually", "especially", "worn", "found",
+    "formed", "not",
+))
+# fmt: on
 
 
 def genus_phrase(definition: str) -> list[str]:
-    """The first words of a noun's definition without article, up to five: ["large", "wild", "cat"]."""
+    """The first words of a noun's definition, at most five: ["large", "wild", "cat"]."""
     text = re.sub(r"^\([^)]*\)\s*", "", definition)
     text = re.sub(r"^(an?|the|any|one|some)\s+", "", text)
     words: list[str] = []
