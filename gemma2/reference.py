@@ -123,9 +123,7 @@ def visible(
     return seen
 
 
-def _scores(
-    q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
     """Capped, then masked scores ``[B, Hq, Sq, C]``: bool masks hide where False, additive ones add."""
     wide = _compute_dtype(q)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -197,7 +195,9 @@ def attention(
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """``gelu_tanh(gate) * up``, rounded once."""
     wide = _compute_dtype(gate)
-    return (torch.nn.functional.gelu(gate.to(wide), approximate="tanh") * up.to(wide)).to(gate.dtype)
+    return (torch.nn.functional.gelu(gate.to(wide), approximate="tanh") * up.to(wide)).to(
+        gate.dtype
+    )
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
@@ -231,44 +231,63 @@ def philox(counter: Tensor, seed: int) -> Tensor:
 
 
 def gumbel(rows: int, vocab: int, seed: int, step: int) -> Tensor:
-    """The noise of :func:`sample`, float64 ``[rows, vocab]``."""
+    """The noise of :func:`sample`, float64 ``[rows, vocab]``; see csrc/common/philox.h."""
     index = torch.arange(-(-vocab // 4))
     row = torch.arange(rows)[:, None].expand(-1, len(index))
     words = [index.expand_as(row), row, torch.full_like(row, step & 0xFFFFFFFF)]
-    counter = torch.stack([*words, torch.full_like(row, step >> 32)], dim=-1)
-    uniform = ((philox(counter, seed) >> 9).double() + 0.5) * 2.0**-23
+    counter = torch.stack([*words, torch.full_like(row, (step >> 32) & 0xFFFFFFFF)], dim=-1)
+    uniform = (philox(counter, seed).double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log(uniform.flatten(1)[:, :vocab]))
 
 
-def sample(
+def kept_scores(
     logits: Tensor,
     history: Tensor | None = None,
-    seed: int = 0,
-    step: int = 0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    """Repetition penalty, temperature, top-k, top-p, min-p, Gumbel-max; in float64."""
-    x = logits.double().clone()
+    """The scores that :func:`sample` draws from, ``[B, V]``: -inf where nothing may be drawn."""
+    x = logits.to(_compute_dtype(logits))
     if history is not None:
         seen = torch.zeros_like(x, dtype=torch.bool)
         for b, tokens in enumerate(history):
             seen[b, tokens[tokens >= 0]] = True
-        penalised = torch.where(x > 0, x / repetition_penalty, x * repetition_penalty)
-        x = torch.where(seen, penalised, x)
+        x = torch.where(seen, torch.where(x < 0, x * repetition_penalty, x / repetition_penalty), x)
     if temperature == 0:
-        return x.argmax(-1)
-    x = (x - x.amax(-1, keepdim=True)) / temperature
+        return x
+    x = (x / temperature).double()
     if 0 < top_k < x.shape[1]:
         x = x.masked_fill(x < x.topk(top_k).values[:, -1:], -math.inf)
+    weight = (x - x.amax(-1, keepdim=True)).exp()
     if top_p < 1:
-        ordered = x.sort(-1, descending=True).values
-        mass = ordered.softmax(-1).cumsum(-1)
-        last = (mass < top_p).sum(-1, keepdim=True).clamp(max=x.shape[1] - 1)
-        x = x.masked_fill(x < ordered.gather(-1, last), -math.inf)
+        order = x.sort(dim=-1, stable=True).indices.flip(-1)  # of equal ones the last comes first
+        ordered = weight.gather(-1, order)
+        before = ordered.cumsum(-1) - ordered
+        dropped = before >= top_p * ordered.sum(-1, keepdim=True)
+        x = x.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
     if min_p > 0:
-        x = x.masked_fill(x < math.log(min_p), -math.inf)
-    return (x + gumbel(x.shape[0], x.shape[1], seed, step)).argmax(-1)
+        x = x.masked_fill(weight < min_p, -math.inf)
+    return x
+
+
+def sample(
+    logits: Tensor,
+    history: Tensor | None,
+    seed: int,
+    step: Tensor | int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """Repetition penalty, temperature, top-k, top-p, min-p, then Gumbel-max (0: greedy)."""
+    filters = (temperature, top_k, top_p, min_p, repetition_penalty)
+    scores = kept_scores(logits, history, *filters)
+    if temperature == 0:
+        return scores.argmax(-1)
+    noise = gumbel(*scores.shape, seed, int(step)).to(scores.device)
+    return (scores + noise).argmax(-1)

@@ -1,9 +1,9 @@
-// Vectors of float32 for the instruction set that this file is compiled for, as GCC/Clang vector types:
-// arithmetic, comparisons and `mask ? a : b` are the language's own, and -ffp-contract=fast turns
-// a * b + c into FMA where there is one. Only conversions and reductions name instructions.
+// Vectors of float32 for the instruction set that this file is compiled for, as GCC/Clang vector
+// types: arithmetic, comparisons and `mask ? a : b` are the language's own, and -ffp-contract=fast
+// turns a * b + c into FMA where there is one. Only conversions and reductions name instructions.
 //
-// Everything is static: a copy of an inline function compiled for AVX-512 must never be linked into the
-// portable path. Hence no std headers, and all of it in an anonymous namespace.
+// Everything is static: a copy of an inline function compiled for AVX-512 must never be linked into
+// the portable path. Hence no std headers, and all of it in an anonymous namespace.
 #pragma once
 
 #include <stddef.h>
@@ -70,7 +70,9 @@ inline void store(f16_t* p, vf32 v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-inline vf32 load(const f16_t* p) { return (vf32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline vf32 load(const f16_t* p) {
+  return (vf32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
 inline void store(f16_t* p, vf32 v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -89,7 +91,8 @@ inline void store(f16_t* p, vf32 v) {
   const vu32 bits = as_bits(v);
   const vu32 sign = (bits >> 16) & 0x8000;
   const vu32 magnitude = bits & 0x7fffffff;
-  // Normal halves: re-bias and round to even in integers; carries run into the exponent, and on to infinity.
+  // Normal halves: re-bias and round to even in integers; carries run into the exponent, and on to
+  // infinity.
   const vu32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Subnormal halves: adding 0.5 lines the half's last bit up with the float's.
   const vu32 subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
@@ -115,7 +118,8 @@ inline void store_first(T* p, vf32 v, int64_t n) {
   memcpy(p, tmp, n * sizeof(T));
 }
 
-// for_lanes(n, body): body(i, lanes) for i = 0, kLanes, 2 kLanes ...; lanes < kLanes only at the end.
+// for_lanes(n, body): body(i, lanes) for i = 0, kLanes, 2 kLanes ...; lanes < kLanes only at the
+// end.
 template <typename F>
 inline void for_lanes(int64_t n, const F& body) {
   int64_t i = 0;
@@ -160,6 +164,18 @@ inline float reduce_add(vf32 v) {
 }
 inline vf32 vmax(vf32 a, vf32 b) { return a > b ? a : b; }
 inline vf32 vmin(vf32 a, vf32 b) { return a < b ? a : b; }
+// Is any lane of a comparison's result set?
+inline bool any(vi32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int32_t seen = 0;
+  for (int i = 0; i < kLanes; ++i) seen |= mask[i];
+  return seen != 0;
+#endif
+}
 inline float reduce_max(vf32 v) {
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
@@ -192,7 +208,8 @@ inline vf32 exp2(vf32 x) {
   return x == x ? y : x;
 }
 
-// e^x = 2^n e^r with r = x - n ln 2 in two parts (Cody and Waite), so that large |x| keeps its bits.
+// e^x = 2^n e^r with r = x - n ln 2 in two parts (Cody and Waite), so that large |x| keeps its
+// bits.
 inline vf32 exp(vf32 x) {
   const vf32 clamped = vmin(vmax(x, splat(-88.f)), splat(89.f));
   const vf32 magic = splat(12582912.f);
@@ -232,30 +249,37 @@ inline vf32 tanh(vf32 x) {
   return x == x ? y : x;
 }
 
-// Natural logarithm of positive normal numbers: x = 2^n m with m in [sqrt(1/2), sqrt(2)), and Cephes' logf
-// polynomial in m - 1. 0 and subnormals give -infinity.
+// ln(1 + f) + e ln 2 for f in [sqrt(1/2) - 1, sqrt(2) - 1] and a whole number e; relative to the
+// result it is as exact for the smallest f, too. Coefficients of Cephes' logf.
+inline vf32 log_1p_scaled(vf32 f, vf32 e) {
+  const vf32 z = f * f;
+  vf32 p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  vf32 y = p * f * z;
+  y = y - e * 2.12194440e-4f;  // ln 2 in two parts, as in exp
+  y = y - 0.5f * z;
+  return (f + y) + e * 0.693359375f;
+}
+
+// Natural logarithm. 0 gives -infinity, negative numbers NaN.
 inline vf32 log(vf32 x) {
-  const vu32 bits = as_bits(x);
+  const vi32 tiny = x < 0x1p-126f;
+  const vu32 bits = as_bits(tiny ? x * 0x1p23f : x);
   // Adding the distance from sqrt(1/2) to 1 carries into the exponent exactly when m >= sqrt(2).
   const vu32 shifted = bits + (0x3f800000 - 0x3f3504f3);
-  const vf32 n = __builtin_convertvector((vi32)(shifted >> 23) - 127, vf32);
-  const vf32 m = as_float((shifted & 0x007fffff) + 0x3f3504f3);
-  const vf32 r = m - 1.0f;
-  const vf32 z = r * r;
-  vf32 p = splat(7.0376836292e-2f);
-  p = p * r - 1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r - 1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r - 1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r - 2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
-  vf32 y = p * r * z;
-  y = y - n * 2.12194440e-4f;
-  y = y - 0.5f * z;
-  y = (r + y) + n * 0.693359375f;
-  return x < 1.17549435e-38f ? splat(-__builtin_inff()) : y;
+  const vf32 e = __builtin_convertvector((vi32)(shifted >> 23) - 127, vf32);
+  const vf32 m = as_float((shifted & 0x007fffff) + 0x3f3504f3);  // [sqrt(1/2), sqrt(2))
+  vf32 y = log_1p_scaled(m - 1.0f, e - (tiny ? splat(23.f) : splat(0.f)));
+  y = x < __builtin_inff() ? y : x;  // infinity and NaN stay
+  y = x == 0.f ? splat(-__builtin_inff()) : y;
+  return x < 0.f ? splat(__builtin_nanf("")) : y;
 }
 
 // ---- Types, threads, memory ----
