@@ -94,8 +94,8 @@ class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
         num_items = loss_options.pop("num_items_in_batch", None)
         if loss_options:  # not in the signature, since trainers look for ** before they pass it
             raise TypeError(f"Gemma2ForCausalLM.forward: no arguments {sorted(loss_options)}")
-        columns = _columns_to_keep(logits_to_keep)
         shape = _shape_of(input_ids, inputs_embeds)
+        columns = _columns_to_keep(logits_to_keep, shape[1])
         if labels is not None:
             _check_labels(labels, shape, self.config.vocab_size)
         body = self.model(
@@ -356,13 +356,20 @@ def _check_labels(labels: Tensor, shape: tuple[int, int], classes: int) -> None:
             )
 
 
-def _columns_to_keep(logits_to_keep: int | Tensor) -> slice | Tensor:
+def _columns_to_keep(logits_to_keep: int | Tensor, columns: int) -> slice | Tensor:
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dtype != torch.int64 or logits_to_keep.dim() != 1:
             raise ValueError(
                 f"logits_to_keep: is {logits_to_keep.dtype} {list(logits_to_keep.shape)}: it must "
                 "be an int or int64 [n]"
             )
+        if readable(logits_to_keep):
+            bad = (logits_to_keep >= columns) | (logits_to_keep < -columns)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"logits_to_keep: holds {int(logits_to_keep[bad][0])}: there are {columns} "
+                    "columns"
+                )
         return logits_to_keep
     if not isinstance(logits_to_keep, int) or isinstance(logits_to_keep, bool):
         raise TypeError(
