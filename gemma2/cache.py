@@ -19,12 +19,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma2.config import Gemma2Config
-from gemma2.ring import LayerCache, readable, round_up
+from gemma2.ring import LayerCache, has_values, readable, round_up
 
 __all__ = ["CacheSnapshot", "HybridCache"]
 
@@ -169,7 +170,7 @@ class HybridCache:
             ValueError: more tokens than max_cache_len; nothing has been changed.
         """
         need = self._longest + columns
-        if readable(kv_len) or (need > self.max_cache_len and not torch.compiler.is_compiling()):
+        if readable(kv_len) or (need > self.max_cache_len and has_values(kv_len)):
             # Exact. On another device this waits, but only where padding may save the call.
             need = int(kv_len.max()) if kv_len.numel() else 0
         if need > self.max_cache_len:
@@ -484,6 +485,14 @@ class HybridCache:
         """Bytes of keys and values allocated so far."""
         tensors = (t for layer in self.layers for t in (layer.k, layer.v) if t is not None)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles start without snapshots, which belong to the original
+        return {name: value for name, value in vars(self).items() if name != "_snapshots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._snapshots = weakref.WeakSet()
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -54,7 +54,7 @@ class Linear(nn.Linear):
         """Leave the memory as it is: the model fills it, once."""
 
     def forward(self, x: Tensor) -> Tensor:  # x: [.., in_features] -> [.., out_features]
-        y = ops.linear(x, self.weight)
+        y = ops.linear(x.to(self.weight.dtype), self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -240,7 +240,8 @@ def add_and_norm(
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether somebody watches or changes what goes through `module`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    # accelerate puts its hook in the module's dict and replaces `forward`
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in vars(module))
 
 
 class Gemma2PreTrainedModel(nn.Module):
@@ -427,7 +428,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         x = at.pack(x)
-        h = self.embed_tokens(x) if inputs_embeds is None else x.to(self._stream_dtype)
+        h = self.embed_tokens(x) if inputs_embeds is None else x.to(self._stream_dtype).contiguous()
         # what a hook was shown may not change under it, nor what the caller passed or gets
         hooked = any(is_hooked(module) for module in (self.embed_tokens, *self.layers))
         inplace = not (torch.is_grad_enabled() or output_hidden_states or hooked)
@@ -435,7 +436,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
             h = h.clone()
 
         if cache is not None:
-            cache.begin(at.q_start, at.kv_len, columns, self.dtype)
+            cache.begin(at.q_start, at.kv_len, columns, self.norm.weight.dtype)
         y, states, attentions = self._run_layers(h, call, inplace, output_hidden_states)
         if cache is not None:
             for layer, k, v in call.unwritten:
@@ -458,7 +459,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
         """Give the final hidden states, those of all layers if `collect`, attention weights."""
         states: list[Tensor] = []
         attentions: list[Any] = []
-        dtype = self.dtype
+        dtype = self.norm.weight.dtype
         saving = self.checkpointing if self.training and torch.is_grad_enabled() else None
         followers: list[nn.Module] = [*self.layers[1:], self.norm]
         y: Tensor | None = None
@@ -485,7 +486,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
 
     @property
     def _stream_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
+        return torch.bfloat16 if self.norm.weight.dtype == torch.bfloat16 else torch.float32
 
     def _cache_for(
         self, given: HybridCache | None, use_cache: bool | None, batch: int, device: torch.device
@@ -508,7 +509,11 @@ class Gemma2Model(Gemma2PreTrainedModel):
         if use_cache is None:
             quiet = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
             use_cache = self.config.use_cache and quiet
-        return HybridCache(self.config, max(batch, 1)) if use_cache and not saving else None
+        if not use_cache or saving:
+            return None
+        made = HybridCache(self.config, max(batch, 1))
+        made.place(device)
+        return made
 
 
 def _checked_input(

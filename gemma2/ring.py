@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma2 import ops
 
-__all__ = ["TILE", "LayerCache", "readable", "round_up"]
+__all__ = ["TILE", "LayerCache", "has_values", "readable", "round_up"]
 
 TILE = 128  # ring capacities and the start of linear buffers are multiples of it
 
@@ -22,7 +22,12 @@ def round_up(n: int, multiple: int = TILE) -> int:
 
 def readable(tensor: Tensor) -> bool:
     """Tell whether values of `tensor` can be looked at without waiting for a device."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Tell whether `tensor` has values at all, which it has not on meta and while compiling."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return not isinstance(tensor, torch._subclasses.FakeTensor)
 

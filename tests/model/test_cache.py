@@ -5,6 +5,7 @@ Truth is one uncached forward of each row alone.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -308,6 +309,18 @@ def test_a_snapshot_refuses_what_it_cannot_bring_back() -> None:
         cache.restore(snapshot)
     with pytest.raises(TypeError, match="restore: got a int"):
         cache.restore(3)  # type: ignore[arg-type]
+
+
+def test_a_deep_copy_goes_its_own_way() -> None:
+    tokens = ids()
+    cache = filled(tokens)
+    snapshot = cache.snapshot()
+    twin = copy.deepcopy(cache)
+    run((tokens[:, :5] + 9) % 90 + 3, twin)
+    assert_close(run(tokens[:, LONG : LONG + 5], cache), truth(tokens)[:, LONG : LONG + 5])
+    assert twin.get_seq_length() == cache.get_seq_length() == LONG + 5
+    with pytest.raises(ValueError, match="of another cache"):
+        twin.restore(snapshot)
 
 
 # ---- room ---------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ def test_inputs_embeds_are_taken_as_scaled_and_left_as_they_are() -> None:
     out = model_of()(inputs_embeds=embedded, use_cache=False)
     assert torch.equal(out.logits, logits_of(tokens))
     assert torch.equal(embedded, before)
+    strided = embedded.transpose(0, 1).contiguous().transpose(0, 1)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            again = model_of()(inputs_embeds=strided, use_cache=False).logits
+        torch.testing.assert_close(again, out.logits)
 
 
 def test_new_weights_are_drawn_as_the_config_says() -> None:
@@ -103,6 +108,11 @@ def test_models_are_built_on_the_meta_device() -> None:
         model = Gemma2Model(F.config("9b"))
     assert model.device.type == "meta"
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    # ... and run there, which tells shapes and the cache's memory
+    ids = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    assert out.last_hidden_state.shape == (2, 5, 56)
+    assert out.past_key_values.get_seq_length() == 5
 
 
 @torch.no_grad()
@@ -456,6 +466,33 @@ def test_attentions_are_probabilities_by_the_callers_columns(cached: int) -> Non
         rows = got.transpose(1, 2)[real]
         assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
         assert_close(rows, wanted[:, :, cached:].transpose(1, 2)[real])
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_model_compiles_into_one_graph() -> None:
+    tokens, mask = F.padded([F.tokens(1, 20)[0], F.tokens(1, 6)[0]], "left")
+    calls: list[dict[str, Any]] = [{}, {"attention_mask": mask}, {"position_ids": mask.cumsum(1)}]
+    torch._dynamo.reset()
+    compiled = torch.compile(model_of(), fullgraph=True, backend="eager")
+    for inputs in calls:
+        torch.testing.assert_close(compiled(tokens, **inputs).logits, logits_of(tokens, **inputs))
+
+
+@torch.no_grad()
+def test_compiled_decoding_does_not_compile_every_step() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    tokens, cache, counter = F.tokens(2, 20), new_cache(2), CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(model_of(), fullgraph=True, backend=counter)
+    model_of()(tokens[:, :10], past_key_values=cache)
+    parts = [step(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(10, 20)]
+    assert_close(torch.cat(parts, 1), logits_of(tokens)[:, 10:])
+    assert counter.frame_count <= 2  # for one length, and for any
+    assert cache.get_seq_length() == 20
 
 
 # ---- training -----------------------------------------------------------------------------------
