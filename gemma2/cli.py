@@ -557,6 +557,8 @@ def _info(args: argparse.Namespace) -> None:
             continue
         print(title)
         for name, value in section.items():
+            if value is None:
+                continue
             if isinstance(value, dict):
                 value = ", ".join(f"{k}: {v}" for k, v in value.items())
             elif isinstance(value, list):
@@ -609,7 +611,7 @@ def _describe(args: argparse.Namespace) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "window": f"{window} tokens on {config.layer_types.count('sliding_attention')} layers",
         "context": config.max_position_embeddings,
-        "stored_as": config.dtype or "unknown",
+        "stored_as": config.dtype,
         "weights": {
             "float32": _bytes(args, parameters * 4),
             "bfloat16, float16": _bytes(args, parameters * 2),

@@ -238,61 +238,42 @@ class GenerationMixin(nn.Module):
                     stacklevel=3,
                 )
         device = self._check_device(input_ids, inputs_embeds, attention_mask)
-        vocab = self.config.vocab_size
-        for name in ("bos_token_id", "pad_token_id"):
-            _check_ids_below(name, getattr(options, name), vocab)
-        for token in options.eos_token_ids:
-            _check_ids_below("eos_token_id", token, vocab)
-
-        if input_ids is not None and inputs_embeds is not None:
-            raise ValueError("generate: input_ids and inputs_embeds are both given: pass one")
-        if input_ids is None and inputs_embeds is None:
-            if options.bos_token_id is None:
-                raise ValueError(
-                    "generate: neither input_ids nor inputs_embeds is given, and there is no "
-                    "bos_token_id to begin with"
-                )
-            input_ids = torch.tensor([[options.bos_token_id]], device=device)
-        if input_ids is not None:
-            content = input_ids = _check_ids(input_ids)
-        else:
-            content = self._check_embeds(inputs_embeds)
+        self._check_special(options)
+        content = self._content(input_ids, inputs_embeds, options, device)
         mask = _padding_mask(content, attention_mask, options)
-        if input_ids is not None:
-            _check_vocabulary(content, mask, vocab)
-
         batch, columns = content.shape[:2]
-        rows = batch * options.num_return_sequences
+        repeats = options.num_return_sequences
+        if content.dim() == 2:
+            _check_vocabulary(content, mask, self.config.vocab_size)
+            prompt = content.repeat_interleave(repeats, dim=0)
+            known = content if mask is None else content.masked_fill(~mask, -1)
+            known = known.repeat_interleave(repeats, dim=0)
+        else:
+            prompt = known = content.new_empty((batch * repeats, 0), dtype=torch.int64)
+        new_tokens = _new_tokens(options, prompt.shape[1])
+        sampler = Sampler(options, seed, known, new_tokens)
+
         lengths = torch.full((batch,), columns, device=device) if mask is None else mask.sum(1)
         if bool((lengths == 0).any()):
             row = int((lengths == 0).nonzero()[0])
             raise ValueError(
                 f"generate: row {row} has no token, only padding: there is nothing to go on from"
             )
-        cached = self._check_cache(cache, rows, lengths, device)
-        new_tokens = _new_tokens(options, columns if input_ids is not None else 0)
-        need = int(lengths.max()) + new_tokens - 1
+        cached = self._check_cache(cache, batch * repeats, lengths, device)
+        longest = int(lengths.max())
+        need = longest + new_tokens - 1  # the last token is not read
         if cache is None:
-            cache = HybridCache(self.config, rows, need, device=device)
+            cache = HybridCache(self.config, batch * repeats, need, device=device)
         elif need > cache.max_cache_len:
             if not cache.growable:
                 raise ValueError(
                     f"generate: past_key_values has max_cache_len {cache.max_cache_len}, but "
-                    f"{int(lengths.max())} tokens and {new_tokens} new ones need {need}: make it "
-                    f"larger, call grow({need}), or lower max_new_tokens"
+                    f"{longest} tokens and {new_tokens} new ones need {need}: make it larger, call "
+                    f"grow({need}), or lower max_new_tokens"
                 )
             cache.grow(need)
-
         pending, pending_mask = _pack(content, mask, lengths, cached)
-        repeats = options.num_return_sequences
-        if input_ids is None:
-            prompt = known = torch.empty((rows, 0), dtype=torch.int64, device=device)
-        else:
-            prompt = input_ids.repeat_interleave(repeats, dim=0)
-            known = input_ids if mask is None else input_ids.masked_fill(~mask, -1)
-            known = known.repeat_interleave(repeats, dim=0)
         ends = options.eos_token_ids
-        pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
         return _Run(
             prompt=prompt,
             pending=pending,
@@ -301,9 +282,9 @@ class GenerationMixin(nn.Module):
             chunk=options.prefill_chunk_size or PREFILL_CHUNK,
             new_tokens=new_tokens,
             cache=cache,
-            sampler=Sampler(options, seed, known, new_tokens),
+            sampler=sampler,
             eos=torch.tensor(ends, device=device) if ends else None,
-            pad=pad,
+            pad=options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0],
             training=[module for module in self.modules() if module.training],
         )
 
@@ -353,8 +334,35 @@ class GenerationMixin(nn.Module):
                 )
         return device
 
-    def _check_embeds(self, embeds: Tensor | None) -> Tensor:
-        assert embeds is not None
+    def _check_special(self, options: GenerationConfig) -> None:
+        named = [(name, getattr(options, name)) for name in ("bos_token_id", "pad_token_id")]
+        named += [("eos_token_id", token) for token in options.eos_token_ids]
+        for name, token in named:
+            if token is not None and token >= self.config.vocab_size:
+                raise ValueError(
+                    f"generate: {name} is {token}: the vocabulary has {self.config.vocab_size} "
+                    "tokens"
+                )
+
+    def _content(
+        self,
+        input_ids: Tensor | None,
+        embeds: Tensor | None,
+        options: GenerationConfig,
+        device: torch.device,
+    ) -> Tensor:
+        """Give what is to be continued: int64 [B, S], or [B, S, hidden_size]."""
+        if input_ids is not None and embeds is not None:
+            raise ValueError("generate: input_ids and inputs_embeds are both given: pass one")
+        if input_ids is not None:
+            return _check_ids(input_ids)
+        if embeds is None:
+            if options.bos_token_id is None:
+                raise ValueError(
+                    "generate: neither input_ids nor inputs_embeds is given, and there is no "
+                    "bos_token_id to begin with"
+                )
+            return torch.tensor([[options.bos_token_id]], device=device)
         hidden = self.config.hidden_size
         if embeds.dim() != 3 or embeds.shape[2] != hidden or 0 in embeds.shape:
             raise ValueError(
@@ -473,11 +481,6 @@ def _refuse(options: dict[str, Any]) -> None:
             hint = f": did you mean {close[0]}?" if close else ""
             raise TypeError(f"generate: unknown option {name!r}{hint}")
     refuse_unsupported(options, "in the call")
-
-
-def _check_ids_below(name: str, token: int | None, vocab: int) -> None:
-    if token is not None and token >= vocab:
-        raise ValueError(f"generate: {name} is {token}: the vocabulary has {vocab} tokens")
 
 
 def _check_ids(ids: Tensor) -> Tensor:

@@ -158,6 +158,15 @@ def test_inputs_embeds_continue_like_their_ids_and_give_the_new_tokens_only(mode
     assert torch.equal(out, new_tokens(model, ids, 7, attention_mask=mask))
 
 
+def test_inputs_embeds_take_all_options_that_ids_take(model):
+    embeds = model.get_input_embeddings()(tokens(2, 5)).detach()
+    out = model.generate(
+        inputs_embeds=embeds, max_length=6, repetition_penalty=1e6, num_return_sequences=2, **WILD
+    )
+    assert out.shape == (4, 6)
+    assert all(len(set(row)) == 6 for row in out.tolist()), "nothing is repeated"
+
+
 def test_without_a_prompt_a_text_begins_with_bos(model):
     bos = torch.tensor([[model.config.bos_token_id]])
     assert torch.equal(
