@@ -1,8 +1,8 @@
-"""Every operator again, in plain torch: the oracle of the tests, and the path for what has no kernel.
+"""Every operator again, in plain torch: the tests' oracle, and the path for what has no kernel.
 
-The functions take the arguments of their namesakes in :mod:`gemma2.ops`, run on any device, in any float
-dtype (float64 included, where nothing is rounded to float32), and are differentiable. They are written to
-be read, not to be fast.
+The functions take the arguments of their namesakes in :mod:`gemma2.ops`, run on any device, in any
+float dtype (float64 included, where nothing is rounded to float32), and are differentiable. They
+are written to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def visible(
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """Capped, then masked scores ``[B, Hq, Sq, C]``: bool masks hide where False, additive ones add."""
+    """Capped, then masked scores ``[B, Hq, Sq, C]``: bool masks hide where False."""
     wide = _compute_dtype(q)
     k = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = q.to(wide) @ k.transpose(2, 3) * scale
@@ -175,7 +175,7 @@ def attention(
     deterministic: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Soft-capped, windowed, grouped-query attention; ``(out, lse)`` as :func:`gemma2.ops.attention`.
+    """Soft-capped, windowed, grouped-query attention: ``(out, lse)`` of the operator.
 
     Args:
         mask: replaces the visibility rule by ``[B or 1, Hq or 1, Sq, C]``: bool (True = visible) or

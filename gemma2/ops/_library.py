@@ -1,4 +1,4 @@
-"""Loads the compiled operators into ``torch.ops.gemma2`` and holds what their Python faces share."""
+"""Loads the compiled operators into ``torch.ops.gemma2``; what their Python faces share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if not _LIBRARY.exists():
     )
 torch.ops.load_library(str(_LIBRARY))
 
-# The compiled operators. Every face calls `library.<name>.default`-like handles through this namespace.
+# The compiled operators, which every face calls through this namespace.
 library = torch.ops.gemma2
 
 
 def refuse_gradients(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raises RuntimeError if autograd would want a gradient through an operator that writes in place."""
+    """Raises RuntimeError if autograd would want a gradient through a write in place."""
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():

@@ -85,10 +85,8 @@ def _(residual: Tensor, x: Tensor, post_weight: Tensor, pre_weight: Tensor, eps:
     return x.new_empty(x.shape, dtype=post_weight.dtype)
 
 
-def _norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of rms_norm in float32: with n = x * inv, dx = inv (g - n mean(g n)), g = grad (1 + w)."""
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """dx = inv (g - n mean(g n)) with n = x inv and g = grad (1 + w); dw = sum grad n."""
     x32, grad32 = x.float(), grad.float()
     inv = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = x32 * inv

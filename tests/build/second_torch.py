@@ -2,8 +2,8 @@
 
 ``python -m tests.build.second_torch --torch torch==2.14.1 --venv .venv-second``
 
-The library in gemma2/ is used as it lies there: nothing is compiled. The other torch lives in a virtual
-environment of its own, made when it is missing.
+The library in gemma2/ is used as it lies there: nothing is compiled. The other torch lives in a
+virtual environment of its own, made when it is missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> int:
         cwd=ROOT,
     ).strip()
     if second.split("+")[0] == first:
-        print(f"second torch: {second} is the torch of the build: nothing is shown", file=sys.stderr)
+        print(
+            f"second torch: {second} is the torch of the build: nothing is shown", file=sys.stderr
+        )
         return 1
     print(f"built against torch {first}, tested on torch {second}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

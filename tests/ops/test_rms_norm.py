@@ -125,7 +125,10 @@ BAD = [
     (lambda x, w: ops.rms_norm(x.double(), w), "x is float64"),
     (lambda x, w: ops.rms_norm(x[0, 0], w), "x is a scalar"),
     (lambda x, w: ops.add_rms_norm(x[:2], x, w, w), "residual has shape [2, 40]"),
-    (lambda x, w: ops.add_rms_norm(x, x, w, w.half()), "post_weight is float32 and pre_weight is float16"),
+    (
+        lambda x, w: ops.add_rms_norm(x, x, w, w.half()),
+        "post_weight is float32 and pre_weight is float16",
+    ),
     (lambda x, w: ops.add_rms_norm_(x.T.contiguous().T, x, w, w), "residual must be contiguous"),
 ]
 

@@ -1,7 +1,8 @@
 """The one tolerance policy: a kernel must be as exact as eager torch in the same dtype.
 
-Against a float64 reference, the mean error may be that of eager torch, the largest error twice that, plus
-one rounding of the output. A failure prints the worst element, its index and its float64 value.
+Against a float64 reference, the mean error may be that of eager torch, the largest error twice
+that, plus one rounding of the output. A failure prints the worst element, its index and its float64
+value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def assert_close_to_float64(
     """
     assert exact.dtype == torch.float64, "the reference must be float64"
     assert actual.shape == exact.shape == eager.shape, (
-        f"{what}: shape {list(actual.shape)}, eager {list(eager.shape)}, float64 {list(exact.shape)}"
+        f"{what}: shapes {list(actual.shape)}, {list(eager.shape)} (eager), {list(exact.shape)} (float64)"
     )
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, eager {eager.dtype}"
     if actual.numel() == 0:
