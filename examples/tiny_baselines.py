@@ -120,7 +120,7 @@ def bag_of_words(
 ) -> float:
     """Accuracy of a logistic regression over tf-idf weighted words of the whole gloss."""
     words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True, min_df=2)
-    model = LogisticRegression(C=10.0, max_iter=60, tol=1e-3)
+    model = LogisticRegression(C=10.0, max_iter=200, tol=1e-3)
     model.fit(words.fit_transform(train[0]), train[1])
     return float(model.score(words.transform(held_out[0]), held_out[1]))
 
@@ -128,7 +128,7 @@ def bag_of_words(
 def neighbours(train: Sequence[Row], held_out: Sequence[Row], vocab_size: int) -> tuple[Ints, Ints]:
     """(predicted, true) labels by a logistic regression over a token and its two neighbours."""
     features, labels = _window(train, vocab_size)
-    model = LogisticRegression(C=10.0, max_iter=60, tol=1e-3)
+    model = LogisticRegression(C=10.0, max_iter=200, tol=1e-3)
     model.fit(features, labels)
     features, labels = _window(held_out, vocab_size)
     return model.predict(features), labels

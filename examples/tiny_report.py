@@ -9,6 +9,7 @@ import random
 import textwrap
 import time
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def write(
     figures |= model_figures(*models, rows, glosses)
     figures |= baseline_figures(documents, training, held_out, rows, tokenizer, config.vocab_size)
 
-    order = sorted(range(len(held_out)), key=lambda i: held_out[i].key[::-1])[:SAMPLE]
+    order = sorted(range(len(held_out)), key=lambda i: sha256(held_out[i].key.encode()).digest())
+    order = order[:SAMPLE]
     sample = [rows[i] for i in order]
     figures["sample"] = {
         "documents": [pieces(documents.evaluation_document(held_out[i])) for i in order],

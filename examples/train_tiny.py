@@ -67,9 +67,8 @@ def tiny_config(vocab_size: int) -> Gemma2Config:
 class Muon:
     """Momentum whose update is orthogonalised, for the matrices inside the layers (Jordan, 2024).
 
-    Needs fewer steps than AdamW to the same loss on this data. In float32 (torch.optim.Muon
-    multiplies bfloat16 matrices, which is slow on processors without them), all matrices of one
-    shape at once.
+    In float32 (torch.optim.Muon multiplies bfloat16 matrices, which is slow on processors without
+    instructions for them), and all matrices of one shape at once.
     """
 
     MOMENTUM = 0.95
@@ -273,6 +272,17 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def command(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command that repeats this run: options that are not defaults."""
+    given = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(args).items()
+        if name in ("epochs", "minutes", "threads", "seed", "lr", "muon_lr")
+        and value != parser.get_default(name)
+    ]
+    return " ".join(["python examples/train_tiny.py --out gemma2/tiny", *given])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -337,8 +347,8 @@ def main() -> int:
         print(f"{count:,} parameters, {steps_per_epoch:,} steps an epoch", flush=True)
         done = train(heads, epoch_batches, steps_per_epoch, args)
         save(heads, tokenizer, args.out)
-        command = "python examples/train_tiny.py " + " ".join(sys.argv[1:])
-        write_text(run_file, json.dumps({"command": command, "run": done}, indent=2) + "\n")
+        run = {"command": command(parser, args), "run": done}
+        write_text(run_file, json.dumps(run, indent=2) + "\n")
         print(f"{done}; written to {args.out}", flush=True)
 
     if not args.no_report:
