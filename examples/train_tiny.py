@@ -250,8 +250,13 @@ def train(
 def save(heads: Heads, tokenizer: Tokenizer, out: Path) -> None:
     """Write weights in bfloat16, settings and tokenizer; each file appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
+    # so small a model, written greedily, repeats itself without end ("-shaped-shaped-shaped")
     heads.lm.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=64
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        max_new_tokens=64,
+        repetition_penalty=1.2,
     )
     heads.lm.to(torch.bfloat16).save_pretrained(out)
     tensors = {
