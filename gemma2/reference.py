@@ -289,5 +289,5 @@ def sample(
     scores = kept_scores(logits, history, *filters)
     if temperature == 0:
         return scores.argmax(-1)
-    noise = gumbel(*scores.shape, seed, int(step)).to(scores.device)
+    noise = gumbel(scores.shape[0], scores.shape[1], seed, int(step)).to(scores.device)
     return (scores + noise).argmax(-1)

@@ -26,7 +26,8 @@ def cache_write(
     Args:
         k_cache, v_cache: ``[B, Hkv, C, D]``, written in place; any strides with a dense last
             dimension; one float dtype, not necessarily k's: values are rounded once to it.
-        k, v: ``[B, Hkv, S, D]``, float32, bfloat16 or float16, any strides with a dense last dimension.
+        k, v: ``[B, Hkv, S, D]``, float32, bfloat16 or float16, any strides with a dense last
+            dimension.
         q_start: int64 ``[B]``, position of column 0; negative for left pads.
         kv_len: int64 ``[B]``, real tokens of the row, this call's included.
         k_base: int64 ``[B]``, position of slot 0 of a linear buffer; None (0) for a ring.

@@ -13,8 +13,8 @@ from gemma2.ops._library import library
 def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     """``weight[ids] * round(scale)``, where round is to the weight's dtype: the residual stream.
 
-    Gemma 2 multiplies embeddings by sqrt(hidden_size) held in the weight's dtype (59.87 becomes 59.75 in
-    bfloat16), and the published weights expect that. The product is float32, rounded once.
+    Gemma 2 multiplies embeddings by sqrt(hidden_size) held in the weight's dtype (59.87 becomes
+    59.75 in bfloat16), and the published weights expect that. The product is float32, rounded once.
 
     Args:
         ids: int64, any shape ``[..]``.
@@ -25,8 +25,8 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
         ``[.., H]``: bfloat16 for a bfloat16 weight, float32 otherwise.
 
     Raises:
-        ValueError: ids is not int64 or holds a value outside ``[0, V)``, weight is not a matrix of a
-            float dtype with dense rows, or scale is not finite.
+        ValueError: ids is not int64 or holds a value outside ``[0, V)``, weight is not a matrix of
+            a float dtype with dense rows, or scale is not finite.
     """
     return library.embed(ids, weight, scale)
 

@@ -36,7 +36,8 @@ def rope_table(
         inv_freq = 1.0 / (theta**exponent)
     if inv_freq.shape != (head_dim // 2,):
         raise ValueError(
-            f"rope_table: inv_freq has shape {list(inv_freq.shape)}: [D/2] = [{head_dim // 2}] is wanted"
+            f"rope_table: inv_freq has shape {list(inv_freq.shape)}: "
+            f"[D/2] = [{head_dim // 2}] is wanted"
         )
     angle = position_ids.float().unsqueeze(-1) * inv_freq.float()
     return angle.cos(), angle.sin()
@@ -45,8 +46,8 @@ def rope_table(
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates the halves of every head: ``(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)``.
 
-    x1 is the first half of a head, x2 the second (Su et al. 2021, arXiv 2104.09864, in the layout of
-    Gemma's checkpoints). In float32, rounded once.
+    x1 is the first half of a head, x2 the second (Su et al. 2021, arXiv 2104.09864, in the layout
+    of Gemma's checkpoints). In float32, rounded once.
 
     Args:
         q: ``[B, Hq, S, D]``, float32, bfloat16 or float16, D even, any strides with a dense last
@@ -77,8 +78,8 @@ def rope_cache(
 ) -> Tensor:
     """:func:`rope`, then :func:`cache_write` of the rotated k and of v, in one pass. For inference.
 
-    The rotated k is rounded once, to the cache's dtype. Where that is k's own dtype, the bits are those
-    of the two operators.
+    The rotated k is rounded once, to the cache's dtype. Where that is k's own dtype, the bits are
+    those of the two operators.
 
     Args:
         q, k, cos, sin: as for :func:`rope`.

@@ -19,23 +19,24 @@ def sample(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> Tensor:
-    """Draws one token a row: penalty, temperature, top-k, top-p and min-p, in this order, then Gumbel-max.
+    """Draws one token a row: penalty, temperature, top-k, top-p, min-p, then Gumbel-max.
 
-    Each step means what its namesake in transformers means:
+    In this order, each step as its namesake in transformers does it:
 
-    * penalty: the score x of every token of the row's history becomes ``x / penalty`` if positive, else
-      ``x * penalty``, once however often the token occurs (Keskar et al. 2019, arXiv 1909.05858);
+    * penalty: the score x of every token of the row's history becomes ``x / penalty`` if positive,
+      else ``x * penalty``, once however often the token occurs (Keskar et al. 2019, arXiv
+      1909.05858);
     * temperature: scores are divided by it; 0 is greedy, and gives the first of the largest scores;
     * top-k: scores below the k-th largest are dropped; those equal to it stay, all of them;
-    * top-p: the smallest set of largest scores whose probabilities sum to at least ``top_p`` stays
-      (Holtzman et al. 2019, arXiv 1904.09751);
-    * min-p: scores whose probability is below ``min_p`` times the largest are dropped (Nguyen et al. 2024,
-      arXiv 2407.01082).
+    * top-p: the smallest set of largest scores whose probabilities sum to at least ``top_p`` stays;
+      of equal scores those with larger indices come first (Holtzman et al. 2019, arXiv 1904.09751);
+    * min-p: scores whose probability is below ``min_p`` times the largest are dropped (Nguyen et
+      al. 2024, arXiv 2407.01082).
 
-    The token is ``argmax(score + g)`` with independent Gumbel numbers ``g = -log(-log(u))``, which is a draw
-    from the softmax of the scores. u comes from Philox4x32-10 with the seed as key and (vocabulary index,
-    row, step) as counter (csrc/common/philox.h), so that a token depends on nothing else: neither on
-    threads, nor on the other rows.
+    The token is ``argmax(score + g)`` with independent Gumbel numbers ``g = -log(-log(u))``, which
+    is a draw from the softmax of the scores. u comes from Philox4x32-10 with the seed as key and
+    (vocabulary index, row, step) as counter (csrc/common/philox.h), so that a token depends on
+    nothing else: neither on threads, nor on the other rows.
 
     Args:
         logits: ``[B, V]``, float32, bfloat16 or float16; -inf is never drawn.
@@ -52,8 +53,8 @@ def sample(
         int64 ``[B]``.
 
     Raises:
-        ValueError: an argument is outside its range, a shape or dtype does not fit, a history entry is not
-            below V, or a row of logits has NaN, +inf, or nothing above -inf.
+        ValueError: an argument is outside its range, a shape or dtype does not fit, a history entry
+            is not below V, or a row of logits has NaN, +inf, or nothing above -inf.
     """
     return library.sample(
         logits, history, seed, step, temperature, top_k, top_p, min_p, repetition_penalty

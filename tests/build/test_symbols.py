@@ -1,7 +1,7 @@
 """No instruction set's code can be linked into another's.
 
-The kernels are compiled once per instruction set. An inline function with external linkage would be a weak
-symbol in each copy, of which the linker keeps one for all: AVX-512 instructions in the portable path.
+The kernels are compiled once per instruction set. An inline function with external linkage would be
+a weak symbol in each copy, of which the linker keeps one for all: AVX-512 code in the portable path.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_kernel_objects_have_no_weak_symbols(objects):
 
 
 def test_kernel_objects_use_nothing_of_the_standard_library(objects):
-    """Their undefined symbols are our own and libc's: a std template would be instantiated in each."""
+    """Their undefined symbols are ours and libc's: std templates would be instantiated in each."""
     for path in objects:
         undefined = [name for kind, name in symbols(path) if kind == "U"]
         assert not [name for name in undefined if "std::" in name or "torch" in name], path

@@ -266,7 +266,7 @@ def test_processors_run_in_the_order_of_transformers():
 
 
 def test_order_matters_where_it_is_tested():
-    """Temperature before top-p: a hot distribution keeps more; top-k before top-p: shares of the k."""
+    """Temperature before top-p: heat keeps more; top-k before top-p: shares of the k."""
     logits = torch.tensor([4.0, 2.0, 1.0, 0.0, 0.0, 0.0])
     assert drawn(logits, top_p=0.8) == {0}
     assert len(drawn(logits, top_p=0.8, temperature=5.0)) > 3

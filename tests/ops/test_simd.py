@@ -96,7 +96,7 @@ def test_tanh_is_exact_to_2_ulp(low, high):
 
 
 def test_exp_is_exact_to_a_few_ulp():
-    """gelu_tanh(x) = x / (1 + e^t); t itself is rounded, by up to 2 ulp, which e^t shows |t| times."""
+    """gelu_tanh(x) = x / (1 + e^t); t is rounded by up to 2 ulp, which e^t shows |t| times."""
     for low, high in ((-5.6, -1.0), (-1.0, 1.0), (1.0, 6.0)):
         x = spread(low, high)
         wide = x.double()
