@@ -1,5 +1,5 @@
-// What every binding needs to reject bad tensors with an error for the reader: the argument's name, what
-// came and what is wanted. All checks stand before the first allocation or write.
+// What every binding needs to reject bad tensors with an error for the reader: the argument's name,
+// what came and what is wanted. All checks stand before the first allocation or write.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -50,12 +50,22 @@ inline const char* dtype_name(ScalarType t) {
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
+// A shape to compare and to stream into a text: written out only if an error is.
+struct [[gnu::visibility("hidden")]] Shape {
+  const Tensor& tensor;
+
+  bool operator==(const Shape& other) const {
+    const auto a = tensor.sizes(), b = other.tensor.sizes();
+    bool same = a.size() == b.size();
+    for (size_t i = 0; same && i < a.size(); ++i) same = a[i] == b[i];
+    return same;
+  }
+};
+inline Shape shape_of(const Tensor& t) { return {t}; }
+inline std::ostream& operator<<(std::ostream& text, const Shape& shape) {
   text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << "]";
-  return text.str();
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i ? ", " : "") << shape.tensor.size(i);
+  return text << "]";
 }
 
 // float32, bfloat16 or float16, or an error.

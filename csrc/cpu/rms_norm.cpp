@@ -1,8 +1,8 @@
 // rms_norm and add_rms_norm: out = x * rsqrt(mean(x^2) + eps) * (1 + w), in float32, rounded once.
 //
-// A row is read once from memory and once more from the cache (9 KB at 2304 x float32), so both are bound
-// by memory; add_rms_norm moves the residual stream once in and once out instead of twice each.
-// Called by gemma2/ops/rms_norm.py; reference: gemma2/reference.py.
+// A row is read once from memory and once more from the cache (9 KB at 2304 x float32), so both are
+// bound by memory; add_rms_norm moves the residual stream once in and once out instead of twice
+// each. Called by gemma2/ops/rms_norm.py; reference: gemma2/reference.py.
 
 #include "common/mutate.h"
 #include "cpu/kernels.h"

@@ -1,7 +1,7 @@
 """No instruction set's code can be linked into another's.
 
 The kernels are compiled once per instruction set. An inline function with external linkage would be
-a weak symbol in each copy, of which the linker keeps one for all: AVX-512 code in the portable path.
+a weak symbol in each copy, of which the linker keeps one for all: AVX-512 on the portable path.
 """
 
 from __future__ import annotations
