@@ -2,8 +2,8 @@
 
 `python -m tests.mutations` builds the operators once with their faults compiled in, for one
 instruction set (build/mutations), lays them beside the Python files in a temporary folder, and runs
-for each fault of table.py its named tests with `GEMMA2_MUTATE=<fault>`. A fault that no test notices
-fails the run; so does a test that fails without one.
+for each fault of table.py its named tests with `GEMMA2_MUTATE=<fault>`. A fault that no test
+notices fails the run; so does a test that fails without one.
 """
 
 from __future__ import annotations
