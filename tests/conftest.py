@@ -20,6 +20,27 @@ settings.register_profile("soak", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# What a module wants said at the end of the run, such as how many cells its grid had.
+NOTES: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOTES] = []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for note in config.stash[NOTES]:
+        terminalreporter.write_line(note)
+
+
+@pytest.fixture(scope="session")
+def notes(pytestconfig: pytest.Config) -> list[str]:
+    """Lines that are printed after the tests."""
+    return pytestconfig.stash[NOTES]
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> Iterator[None]:
     """A test's numbers depend on nothing that ran before; torch's switches are put back."""

@@ -9,6 +9,7 @@ long chunks).
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,11 @@ _cells: list[str] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _count_the_cells(request: pytest.FixtureRequest) -> Iterator[None]:
+def _count_the_cells(notes: list[str]) -> Iterator[None]:
     _cells.clear()
     yield
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(f"\ngrid: {len(_cells)} cells equal to one uncached forward")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(_cells).items())
+    notes.append(f"grid: {len(_cells)} cells equal to one uncached forward ({kinds})")
 
 
 def model_of(window: int) -> Any:
