@@ -8,15 +8,14 @@
 namespace gemma2 {
 namespace {
 
-Tensor linear(const Tensor &x, const Tensor &weight) {
-  const char *op = "linear";
+Tensor linear(const Tensor& x, const Tensor& weight) {
+  const char* op = "linear";
   check_cpu(op, "x", x);
   check_cpu(op, "weight", weight);
   check(x.dim() >= 1, op, ": x is a scalar: [.., K] is wanted");
   check_dim(op, "weight", weight, 2, "[N, K]");
-  check(weight.size(1) == x.size(x.dim() - 1), op, ": weight has shape ",
-        shape_of(weight), ", x has shape ", shape_of(x),
-        ": their last dimensions must be the same");
+  check(weight.size(1) == x.size(x.dim() - 1), op, ": weight has shape ", shape_of(weight),
+        ", x has shape ", shape_of(x), ": their last dimensions must be the same");
   const DType dtype = float_dtype(op, "x", x);
   float_dtype(op, "weight", weight);
   check_same_dtype(op, "x", x, "weight", weight);
@@ -24,8 +23,7 @@ Tensor linear(const Tensor &x, const Tensor &weight) {
 
   const Rows rows = as_rows(x);
   std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    shape.push_back(x.size(i));
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(weight.size(0));
   Tensor out = torch::stable::new_empty(x, shape);
   cpu_kernels().linear({
@@ -42,9 +40,7 @@ Tensor linear(const Tensor &x, const Tensor &weight) {
   return out;
 }
 
-} // namespace
-} // namespace gemma2
+}  // namespace
+}  // namespace gemma2
 
-STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) {
-  m.impl("linear", TORCH_BOX(&gemma2::linear));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("linear", TORCH_BOX(&gemma2::linear)); }
