@@ -1,8 +1,10 @@
-// Every operator of the package, as torch sees it: `torch.ops.gemma2.*`. Schemas only; the meaning of each
-// is in gemma2/ops/<name>.py, its plain form in gemma2/reference.py, its kernel in csrc/cpu/<name>.cpp.
+// Every operator of the package, as torch sees it: `torch.ops.gemma2.*`. Schemas only; the meaning
+// of each is in gemma2/ops/<name>.py, its plain form in gemma2/reference.py, its kernel in
+// csrc/cpu/<name>.cpp.
 //
 // Shapes: B batch, S query columns, H heads, D head_dim, C cache slots, V vocabulary.
-// Operators whose schema has Tensor(a!) write in place, are for inference, and have a functional twin.
+// Operators whose schema has Tensor(a!) write in place, are for inference, and have a functional
+// twin.
 
 #include <torch/csrc/stable/library.h>
 

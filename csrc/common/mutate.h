@@ -1,5 +1,6 @@
-// Deliberate faults for the test of the tests: built only with GEMMA2_TEST_MUTATIONS, switched on by the
-// environment variable GEMMA2_MUTATE=<name>. In a normal build every question below is a constant `false`.
+// Deliberate faults for the test of the tests: built only with GEMMA2_TEST_MUTATIONS, switched on
+// by the environment variable GEMMA2_MUTATE=<name>. In a normal build every question below is a
+// constant `false`.
 #pragma once
 
 namespace gemma2 {

@@ -2,7 +2,8 @@
 //
 // A position counts a row's real tokens. The query at position p sees the keys [lo, hi):
 //   hi = min(p + 1, kv_len)                                 causal, and no key that does not exist
-//   lo = max(0, kv_start, k_base, p - window + 1)           document, buffer, window (which counts p itself)
+//   lo = max(0, kv_start, k_base, p - window + 1)           document, buffer, window (which counts
+//   p itself)
 // Both bounds grow with p as long as kv_start does, so a block of queries sees the union
 // [lo(first), hi(last)), and key blocks outside it are never touched.
 #pragma once

@@ -28,21 +28,22 @@ struct CpuKernels {
 };
 
 // Files under csrc/cpu/ that are compiled per instruction set define these in their own namespace,
-// and keep everything else in an anonymous namespace inside it: nothing that the linker could share.
-#define GEMMA2_DECLARE_KERNELS(isa)                              \
-  namespace isa {                                                \
-  void embed(const EmbedParams&);                                \
-  void rms_norm(const RmsNormParams&);                           \
-  void add_rms_norm(const AddRmsNormParams&);                    \
-  void rope(const RopeParams&);                                  \
-  void cache_write(const CacheWriteParams&);                     \
-  void rope_cache(const RopeParams&, const CacheWriteParams&);   \
-  void attention(const AttentionParams&);                        \
-  void geglu(const GegluParams&);                                \
-  void softcap(const SoftcapParams&);                            \
-  void linear(const LinearParams&);                              \
-  void sample(const SampleParams&);                              \
-  extern const CpuKernels kernels;                               \
+// and keep everything else in an anonymous namespace inside it: nothing that the linker could
+// share.
+#define GEMMA2_DECLARE_KERNELS(isa)                            \
+  namespace isa {                                              \
+  void embed(const EmbedParams&);                              \
+  void rms_norm(const RmsNormParams&);                         \
+  void add_rms_norm(const AddRmsNormParams&);                  \
+  void rope(const RopeParams&);                                \
+  void cache_write(const CacheWriteParams&);                   \
+  void rope_cache(const RopeParams&, const CacheWriteParams&); \
+  void attention(const AttentionParams&);                      \
+  void geglu(const GegluParams&);                              \
+  void softcap(const SoftcapParams&);                          \
+  void linear(const LinearParams&);                            \
+  void sample(const SampleParams&);                            \
+  extern const CpuKernels kernels;                             \
   }
 
 GEMMA2_DECLARE_KERNELS(portable)

@@ -14,7 +14,8 @@ struct RmsNormParams {
   DType x_dtype, weight_dtype;
 };
 
-// residual_out = residual + rms(x; post), rounded to the residual's dtype; y = rms(residual_out; pre).
+// residual_out = residual + rms(x; post), rounded to the residual's dtype; y = rms(residual_out;
+// pre).
 struct AddRmsNormParams {
   const void* residual;     // [rows, hidden], dense
   const void* x;            // [rows, hidden], rows `x_stride` elements apart

@@ -5,7 +5,8 @@
 
 namespace gemma2 {
 
-// Rotates halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 = x[..., :D/2], x2 = x[..., D/2:].
+// Rotates halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 = x[..., :D/2], x2 = x[...,
+// D/2:].
 struct RopeParams {
   const void* q;     // [B, Hq, S, D]
   const void* k;     // [B, Hkv, S, D]

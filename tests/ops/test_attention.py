@@ -548,7 +548,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "text"), BAD, ids=[text for _, text in BAD])
 def test_bad_input_is_named(changes, text):
-    with pytest.raises(ValueError, match="^attention: ") as error:
+    with pytest.raises(ValueError, match=r"^attention: ") as error:
         bad(**changes)
     assert text in str(error.value)
 
@@ -571,6 +571,6 @@ def test_bad_input_is_named_on_the_reference_path(changes, text):
         "k": torch.zeros(2, 2, 24, 48),
         "v": torch.zeros(2, 2, 24, 48),
     }
-    with pytest.raises(ValueError, match="^attention: ") as error:
+    with pytest.raises(ValueError, match=r"^attention: ") as error:
         bad(**{**shapes, **changes})
     assert text in str(error.value)
