@@ -245,7 +245,7 @@ def card(f: dict[str, Any], config: Any, examples: list[tuple[str, str]], out: P
         "definition; two heads on the same body name the lexicographer class of a definition and "
         "label its tokens.",
         '    gemma2 generate "a small bird"\n    gemma2 classify "a large wild cat with stripes"',
-        "Greedy, from the words before each colon (the tokenizer lower-cases):",
+        "Greedy with repetition penalty, from the words before each colon (the tokenizer lower-cases):",
         "\n".join(f"    {text}: {definition}" for text, definition in examples),
         "It has learnt how definitions sound and what words are about, not facts. Do not look "
         "things up in it.",
