@@ -286,6 +286,25 @@ def test_the_full_context_is_used_on_full_layers() -> None:
     assert not torch.equal(model(ids).logits[:, -1], model(changed).logits[:, -1])
 
 
+@torch.no_grad()
+def test_8k_of_context_through_the_ring_of_the_published_models() -> None:
+    """vllm#6220, transformers#31785: nobody tried beyond 4096 tokens. Window 4096, ring of 4224."""
+    config = F.config("single", sliding_window=4096, max_position_embeddings=8192)
+    model, ids = F.build(config), F.tokens(1, 8192)
+    cache = HybridCache(config, 1, 8192)
+    assert cache.layers[0].capacity == 4224
+    whole = model(ids).logits
+    parts = ids[:, :8100].split(2048, dim=1)
+    prefill = torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+    steps = [model(ids[:, n, None], past_key_values=cache).logits for n in range(8100, 8192)]
+    got = torch.cat([prefill, *steps], dim=1)
+    # as close as float32 is to float64 over 8192 keys and angles of 8192 radians
+    assert F.relative_error(got, whole.double()) < 1e-4
+    changed = ids.clone()
+    changed[:, 0] = (changed[:, 0] + 7) % 90 + 3
+    assert not torch.equal(model(changed).logits[:, -1], whole[:, -1])
+
+
 # ---- cache --------------------------------------------------------------------------------------
 
 

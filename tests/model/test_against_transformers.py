@@ -155,6 +155,42 @@ def test_padded_rows_equal_float64(shape: str, side: str) -> None:
     assert_within(ours[real], theirs[real], truth[real], "logits of real tokens")
 
 
+def tree(length: int) -> Tensor:
+    """bool [1, S, S] of a tree of guesses: a token sees its ancestors and itself."""
+    parents = [-1, 0, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7, 0, 12, 13, 14, 14, 15, 16, 17, 18][:length]
+    seen = torch.eye(length, dtype=torch.bool)
+    for child, parent in enumerate(parents):
+        if parent >= 0:
+            seen[child] |= seen[parent]
+    return seen[None]
+
+
+@pytest.mark.parametrize("form", ["bool", "additive", "dict"])
+@torch.no_grad()
+def test_a_4d_mask_of_a_tree_equals_float64(form: str) -> None:
+    config, ids, seen = F.config("27b"), F.tokens(2, LENGTH), tree(LENGTH)
+    column = torch.arange(LENGTH)
+    near = column[None, :] > column[:, None] - config.sliding_window
+    mask: Any = seen[:, None]
+    sliding = seen & near  # a single mask gets the window on sliding layers
+    if form == "additive":
+        mask = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(~mask, torch.finfo(torch.float32).min)
+    if form == "dict":
+        sliding = seen  # a dict is used verbatim
+        mask = {"full_attention": mask, "sliding_attention": mask}
+    truth = plain.forward(
+        F.state_dict(config),
+        config,
+        ids,
+        positions=column[None].expand(2, -1),
+        visible={"full_attention": seen, "sliding_attention": sliding},
+    )
+    assert F.relative_error(exact("27b").logits, truth.logits) > 0.1, "the mask does nothing"
+    with pytest.warns(UserWarning, match="4-D"):
+        ours = F.tiny("27b")(ids, attention_mask=mask).logits
+    assert F.relative_error(ours, truth.logits) < 1e-5
+
+
 # ---- losses -------------------------------------------------------------------------------------
 
 

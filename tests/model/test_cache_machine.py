@@ -195,10 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
     def reorder(self, data: st.DataObject) -> None:
         beams = [data.draw(st.integers(0, len(self.rows) - 1)) for _ in self.rows]
         self.cache.reorder(torch.tensor(beams))
-        if beams != list(range(len(beams))):
-            self.saved = None
-        elif self.saved is not None:
-            self.saved = None  # rows have been named again, if only by themselves
+        self.saved = None
         self.rows = [self.rows[i].copy() for i in beams]
 
     @precondition(lambda self: self.calls > 3)
@@ -242,7 +239,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 class TestCacheMachine(CacheMachine.TestCase):  # type: ignore[name-defined, misc]
     settings = settings(
-        max_examples=40 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 1000,
+        max_examples=120 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 1000,
         stateful_step_count=14,
         derandomize=os.environ.get("HYPOTHESIS_PROFILE") != "soak",
         deadline=None,

@@ -25,6 +25,7 @@ from tests.mutations.table import ALL, CPP
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutations"
 LIBRARIES = BUILD / "lib"
+BROKEN = re.compile(r"(AttributeError|ImportError|NameError|ModuleNotFoundError|TypeError)\b")
 TIMEOUT = 240  # seconds for the tests of one fault
 
 
@@ -77,7 +78,7 @@ def lay_out_package(folder: Path) -> None:
 class Result:
     mutation: str
     passed: list[str]
-    failed: list[str]
+    failed: dict[str, str]  # test: why
     errors: str  # why the run says nothing
     seconds: float
 
@@ -95,6 +96,7 @@ def run_tests(mutation: str, tests: list[str], folder: Path, threads: int) -> Re
         "GEMMA2_CPU_ISA": "",
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(ROOT),
+        "COLUMNS": "300",  # or pytest cuts the reasons short
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     command = [
@@ -108,14 +110,18 @@ def run_tests(mutation: str, tests: list[str], folder: Path, threads: int) -> Re
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Result(mutation, [], [], f"no end after {TIMEOUT} s", TIMEOUT)
-    outcome: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": []}
-    for kind, name in re.findall(r"^(PASSED|FAILED|ERROR) (tests/\S+)", done.stdout, re.MULTILINE):
-        outcome[kind].append(name)
+        return Result(mutation, [], {}, f"no end after {TIMEOUT} s", TIMEOUT)
+    outcome: dict[str, dict[str, str]] = {"PASSED": {}, "FAILED": {}, "ERROR": {}}
+    line = r"^(PASSED|FAILED|ERROR) (tests/\S+)(?: - (.*))?$"
+    for kind, name, why in re.findall(line, done.stdout, re.MULTILINE):
+        outcome[kind][name] = why
     # 0: all passed, 1: some failed; anything else ran no tests (a crash, a name that is not there)
-    errors = "" if done.returncode in (0, 1) and not outcome["ERROR"] else done.stdout + done.stderr
+    good = done.returncode in (0, 1) and not outcome["ERROR"]
+    # a fault that does not even run is noticed by everything and proves nothing
+    good = good and not any(BROKEN.match(why) for why in outcome["FAILED"].values())
+    errors = "" if good else done.stdout + done.stderr
     seconds = time.monotonic() - started
-    return Result(mutation, outcome["PASSED"], outcome["FAILED"], errors, seconds)
+    return Result(mutation, list(outcome["PASSED"]), outcome["FAILED"], errors, seconds)
 
 
 def short(name: str) -> str:
@@ -124,13 +130,16 @@ def short(name: str) -> str:
 
 def report(results: list[Result]) -> str:
     """Gives the table mutation -> tests that caught it, in Markdown."""
-    lines = ["| mutation | in | caught by | seconds |", "|---|---|---|---|"]
+    lines = ["| mutation | in | caught by | how |", "|---|---|---|---|"]
     for result in results:
         where = "C++" if result.mutation in CPP else "Python"
-        said = f"{short(result.failed[0])}" if result.caught else "**nothing**"
-        if len(result.failed) > 1:
-            said += f" and {len(result.failed) - 1} more"
-        lines.append(f"| {result.mutation} | {where} | {said} | {result.seconds:.0f} |")
+        said, how = "**nothing**", ""
+        if result.caught:
+            first, how = next(iter(result.failed.items()))
+            more = f" and {len(result.failed) - 1} more" if len(result.failed) > 1 else ""
+            said = short(first) + more
+            how = how.replace("|", "/")[:80]
+        lines.append(f"| {result.mutation} | {where} | {said} | {how} |")
     return "\n".join(lines)
 
 
@@ -167,7 +176,7 @@ def main() -> int:
         print(f"\n{result.mutation}: {result.errors[-3000:] or 'noticed by no test'}")
     good = bool(clean.passed) and not clean.failed and not clean.errors
     if not good:
-        print(f"\nwithout a mutation: {clean.failed or clean.errors[-3000:]}")
+        print(f"\nwithout a mutation: {list(clean.failed) or clean.errors[-3000:]}")
     seconds = time.monotonic() - started
     print(
         f"\n{len(results) - len(trouble)} of {len(results)} mutations caught; without one "
