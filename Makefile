@@ -44,12 +44,15 @@ dev: $(VENV)/.build-requirements  ## An editable build: Python files are live, C
 	flock $(VENV)/.build-lock $(BUILD) -e .
 
 $(VENV)/.test-requirements: $(VENV)/.build-requirements
-	$(PIP_INSTALL) "pytest>=8" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2"
+	$(PIP_INSTALL) "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2"
 	$(PIP_INSTALL) --target $(VENV)/transformers5 --upgrade "transformers>=5.3,<6"
 	@touch $@
 
+# A process per core with a thread each: the tests' tensors are small. What threads may change is tested
+# with several, whatever OMP_NUM_THREADS says.
 test: $(VENV)/.test-requirements dev  ## All tests; PYTEST_ARGS="-k window -x" for some
-	GEMMA2_TEST_TRANSFORMERS5=$(abspath $(VENV))/transformers5 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 GEMMA2_TEST_TRANSFORMERS5=$(abspath $(VENV))/transformers5 \
+		$(BIN)/python -m pytest -n $(shell nproc) $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-requirements  ## ruff, mypy, clang-format
 	$(PIP_INSTALL) ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7
