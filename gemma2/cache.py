@@ -226,19 +226,19 @@ class HybridCache:
     def record(
         self, q_start: Tensor, kv_len: Tensor, position_ids: Tensor, kv_start: Tensor | None
     ) -> None:
-        """Keep position_ids [B, S] and document starts [B, S] of a call's real tokens."""
+        """Keep position_ids [B or 1, S] and document starts [B, S] of a call's real tokens."""
         slots = self.max_cache_len
         if self._history is None:
             with torch.inference_mode(False):
                 plain = torch.arange(slots + 1, device=q_start.device)
                 ids = plain.repeat(self.max_batch_size, 1)
                 self._history = ids, torch.zeros_like(ids)
-        batch, columns = position_ids.shape
+        batch, columns = q_start.shape[0], position_ids.shape[1]
         position = q_start[:, None] + torch.arange(columns, device=q_start.device)
         real = (position >= 0) & (position < kv_len[:, None])
         slot = position.masked_fill(~real, slots)
         ids, starts = self._history
-        ids[:batch].scatter_(1, slot, position_ids)
+        ids[:batch].scatter_(1, slot, position_ids.expand(batch, columns))
         starts[:batch].scatter_(1, slot, torch.zeros_like(slot) if kv_start is None else kv_start)
 
     @property

@@ -187,6 +187,19 @@ def test_a_crop_into_an_earlier_document_goes_on_in_that_one() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_emptied_by_a_crop_starts_again_without_documents() -> None:
+    # found by test_cache_machine: two rows, documents remembered, nothing stored
+    model, ids = F.tiny("three"), F.tokens(2, BOUNDS[-1])
+    cache = cache_for(model, 2)
+    model(ids, past_key_values=cache, cu_seqlens=cu_seqlens(2))
+    cache.crop(0)
+    config, new = F.config("three"), F.tokens(2, 12, 5)
+    want = plain.forward(F.state_dict(config), config, new).logits
+    got = [model(part, past_key_values=cache).logits for part in new.split([9, 3], dim=1)]
+    assert F.relative_error(torch.cat(got, 1), want) < TOLERANCE
+
+
+@torch.no_grad()
 def test_rows_may_be_cut_differently() -> None:
     config, model, ids = F.config("2b"), F.tiny("2b"), F.tokens(2, 20)
     bounds = torch.tensor([0, 4, 20, 20 + 13, 40])
