@@ -121,8 +121,10 @@ class CacheMachine(RuleBasedStateMachine):
             mask = torch.ones(len(self.rows), columns, dtype=torch.long)
             self.call(mask, False, explicit)
 
-    @rule(data=st.data(), columns=st.sampled_from([1, 3, 8, 40]))
-    def feed_with_padding_and_holes(self, data: st.DataObject, columns: int) -> None:
+    @rule(data=st.data(), columns=st.sampled_from([1, 3, 8, 40]), documents=st.booleans())
+    def feed_with_padding_and_holes(
+        self, data: st.DataObject, columns: int, documents: bool
+    ) -> None:
         columns = min(columns, self.room())
         if not columns:
             return
@@ -139,7 +141,7 @@ class CacheMachine(RuleBasedStateMachine):
                 mask[b] = torch.tensor([bits >> i & 1 for i in range(columns)])
             elif pads % 2:
                 mask[b] = 0
-        self.call(mask, False, False)
+        self.call(mask, documents, False)
 
     @rule(columns=st.sampled_from([1, 7, 25, 140]))
     def feed_documents(self, columns: int) -> None:
