@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,25 +21,47 @@ settings.register_profile("soak", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# What a module wants said at the end of the run, such as how many cells its grid had.
-NOTES: pytest.StashKey[list[str]] = pytest.StashKey()
+# Counts that are printed after the tests, such as the cells of a grid: title -> kind -> number. With
+# pytest-xdist each process has counts of its own, which are added up in the one that prints.
+TALLIES: pytest.StashKey[dict[str, Counter[str]]] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NOTES] = []
+    config.stash[TALLIES] = defaultdict(Counter)
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_Processes(config))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        tallies = session.config.stash[TALLIES]
+        output["tallies"] = {title: dict(counts) for title, counts in tallies.items()}
+
+
+class _Processes:
+    """Receives the counts of pytest-xdist's processes."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        for title, counts in getattr(node, "workeroutput", {}).get("tallies", {}).items():
+            self.config.stash[TALLIES][title].update(counts)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for note in config.stash[NOTES]:
-        terminalreporter.write_line(note)
+    for title, counts in config.stash[TALLIES].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{counts.total()} {title} ({kinds})")
 
 
 @pytest.fixture(scope="session")
-def notes(pytestconfig: pytest.Config) -> list[str]:
-    """Lines that are printed after the tests."""
-    return pytestconfig.stash[NOTES]
+def tallies(pytestconfig: pytest.Config) -> dict[str, Counter[str]]:
+    """Counts that are printed after the tests: `tallies["title"]["kind"] += 1`."""
+    return pytestconfig.stash[TALLIES]
 
 
 @pytest.fixture(autouse=True)

@@ -38,11 +38,10 @@ _cells: list[str] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _count_the_cells(notes: list[str]) -> Iterator[None]:
+def _count_the_cells(tallies: dict[str, Counter[str]]) -> Iterator[None]:
     _cells.clear()
     yield
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(_cells).items())
-    notes.append(f"grid: {len(_cells)} cells equal to one uncached forward ({kinds})")
+    tallies["cells of the grid equal one uncached forward"].update(_cells)
 
 
 def model_of(window: int) -> Any:
