@@ -649,6 +649,7 @@ ALL: Calls = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:gemma2. 4-D attention masks")
 @pytest.mark.parametrize("name", ALL)
 def test_is_refused_and_changes_nothing(name: str, model: Any, cache: Any) -> None:
     call, error, text = ALL[name]
