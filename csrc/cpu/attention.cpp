@@ -177,9 +177,20 @@ void tiled_split(const Problem& problem, const Block& block, int64_t split, cons
 
 // ---- One split by dot products along head_dim: few rows, the keys read once ----
 
+// Rows of K and V between the one that is read and the one that is fetched: without it, one core
+// reads bfloat16 at a third of the speed (EPYC, Zen 4). `ahead`: the same in bytes.
+constexpr int64_t kAhead = 8;
+
+template <typename T>
+inline vf32 load_and_prefetch(const T* p, int64_t d, int64_t ahead) {
+  if (d * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(p + d) + ahead);
+  return load(p + d);
+}
+
 // s[r][j] = q[r] . k[j] for kKeys keys.
 template <int kRows, int kKeys, typename T>
-inline void dot_keys(const float* q, const char* const* keys, int64_t head_dim, float* s) {
+inline void dot_keys(const float* q, const char* const* keys, int64_t head_dim, int64_t ahead,
+                     float* s) {
   const T* k[kKeys];
 #pragma GCC unroll 4
   for (int j = 0; j < kKeys; ++j) k[j] = reinterpret_cast<const T*>(keys[j]);
@@ -187,7 +198,7 @@ inline void dot_keys(const float* q, const char* const* keys, int64_t head_dim, 
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     vf32 key[kKeys];
 #pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j) key[j] = load(k[j] + d);
+    for (int j = 0; j < kKeys; ++j) key[j] = load_and_prefetch(k[j], d, ahead);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const vf32 x = load(q + r * head_dim + d);
@@ -201,7 +212,8 @@ inline void dot_keys(const float* q, const char* const* keys, int64_t head_dim, 
 
 // o[r] += sum_j p[r][j] v[j] for kKeys keys.
 template <int kRows, int kKeys, typename T>
-inline void add_values(float* o, const char* const* values, int64_t head_dim, const float* p) {
+inline void add_values(float* o, const char* const* values, int64_t head_dim, int64_t ahead,
+                       const float* p) {
   const T* v[kKeys];
 #pragma GCC unroll 4
   for (int j = 0; j < kKeys; ++j) v[j] = reinterpret_cast<const T*>(values[j]);
@@ -213,7 +225,7 @@ inline void add_values(float* o, const char* const* values, int64_t head_dim, co
   for (int64_t d = 0; d < head_dim; d += kLanes) {
     vf32 value[kKeys];
 #pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j) value[j] = load(v[j] + d);
+    for (int j = 0; j < kKeys; ++j) value[j] = load_and_prefetch(v[j], d, ahead);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       vf32 sum = load(o + r * head_dim + d);
@@ -226,16 +238,18 @@ inline void add_values(float* o, const char* const* values, int64_t head_dim, co
 
 // The keys [begin, end) of a tile for kRows rows: scores, and later the sum of values.
 template <int kRows, typename T>
-void dot_rows(const Tile& tile, const float* q, int64_t head_dim, int begin, int end, float* s) {
+void dot_rows(const Tile& tile, const float* q, int64_t head_dim, int64_t ahead, int begin, int end,
+              float* s) {
   int j = begin;
-  for (; j + 4 <= end; j += 4) dot_keys<kRows, 4, T>(q, tile.k + j, head_dim, s + j);
-  for (; j < end; ++j) dot_keys<kRows, 1, T>(q, tile.k + j, head_dim, s + j);
+  for (; j + 4 <= end; j += 4) dot_keys<kRows, 4, T>(q, tile.k + j, head_dim, ahead, s + j);
+  for (; j < end; ++j) dot_keys<kRows, 1, T>(q, tile.k + j, head_dim, ahead, s + j);
 }
 template <int kRows, typename T>
-void value_rows(const Tile& tile, float* o, int64_t head_dim, int begin, int end, const float* p) {
+void value_rows(const Tile& tile, float* o, int64_t head_dim, int64_t ahead, int begin, int end,
+                const float* p) {
   int j = begin;
-  for (; j + 4 <= end; j += 4) add_values<kRows, 4, T>(o, tile.v + j, head_dim, p + j);
-  for (; j < end; ++j) add_values<kRows, 1, T>(o, tile.v + j, head_dim, p + j);
+  for (; j + 4 <= end; j += 4) add_values<kRows, 4, T>(o, tile.v + j, head_dim, ahead, p + j);
+  for (; j < end; ++j) add_values<kRows, 1, T>(o, tile.v + j, head_dim, ahead, p + j);
 }
 
 template <int kRows>
@@ -268,6 +282,8 @@ void direct_split(const Problem& problem, const Block& block, int64_t split, con
                   Tile& tile) {
   // What a key that nobody sees is read as.
   alignas(64) static const char zeros[kMaxHeadDim * sizeof(float)] = {};
+  const int64_t k_ahead = kAhead * problem.p.k_strides.s * (int64_t)sizeof(T);
+  const int64_t v_ahead = kAhead * problem.p.v_strides.s * (int64_t)sizeof(T);
   const int64_t head_dim = problem.p.head_dim, n = block.n;
   const int64_t begin = max64(split * kSplit, block.lo_all / kTile * kTile);
   const int64_t end = min64((split + 1) * kSplit, block.hi_all);
@@ -278,13 +294,13 @@ void direct_split(const Problem& problem, const Block& block, int64_t split, con
     for (int j = first; j < last; ++j)
       if (tile.k[j] == nullptr) tile.k[j] = tile.v[j] = zeros;
     by_four_rows(n, [&](int64_t r, auto rows) {
-      dot_rows<decltype(rows)::value, T>(tile, w.q + r * head_dim, head_dim, first, last,
+      dot_rows<decltype(rows)::value, T>(tile, w.q + r * head_dim, head_dim, k_ahead, first, last,
                                          w.s + r * kTile);
     });
     softmax_rows<float, kOnline>(problem, w, tile, 0, n, first, last);
     by_four_rows(n, [&](int64_t r, auto rows) {
-      value_rows<decltype(rows)::value, T>(tile, w.split.o + r * head_dim, head_dim, first, last,
-                                           w.p + r * kTile);
+      value_rows<decltype(rows)::value, T>(tile, w.split.o + r * head_dim, head_dim, v_ahead, first,
+                                           last, w.p + r * kTile);
     });
   }
 }

@@ -20,11 +20,14 @@ constexpr float kInfinity = __builtin_inff();
 struct SoftmaxScales {
   float tanh_scale, exp2_scale;
   float exp2_scale_rest;  // exp2_scale in double, less exp2_scale
+  float exp2_scale_high;  // its upper 12 bits
   bool capped;
   SoftmaxScales(float scale, float softcap) : tanh_scale(scale / softcap), capped(softcap > 0) {
     const double exact = (capped ? (double)softcap : (double)scale) * kLog2EExact;
     exp2_scale = (float)exact;
     exp2_scale_rest = (float)(exact - (double)exp2_scale);
+    const float shifted = exp2_scale * 4097.f;  // Veltkamp's split
+    exp2_scale_high = shifted - (shifted - exp2_scale);
   }
 };
 
@@ -78,7 +81,15 @@ inline vf32 fast_tanh(vf32 x) {
 inline vf32 exp2_scaled(vf32 t, const SoftmaxScales& scales) {
   const vf32 shifted = t * scales.exp2_scale + kRoundingMagic;
   const vf32 n = shifted - kRoundingMagic;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   const vf32 f = t * scales.exp2_scale_rest + (t * scales.exp2_scale - n);
+#else
+  // Twelve bits of each factor multiply exactly.
+  const vf32 t_high = as_float(as_bits(t) & 0xfffff000);
+  const float low = scales.exp2_scale - scales.exp2_scale_high + scales.exp2_scale_rest;
+  const vf32 f =
+      (t_high * scales.exp2_scale_high - n) + (t_high * low + (t - t_high) * scales.exp2_scale);
+#endif
   return times_power_of_two(exp2_fraction(f), shifted, n);
 }
 

@@ -27,7 +27,11 @@ constexpr int kPanel = kTileVectors * kLanes;  // columns of a panel: 64, 16 or 
 // One float32 in a word. kChain: words of a long k that should be summed at a time.
 struct Single {
   static constexpr int kPerWord = 1;
+#if defined(__FMA__)
   static constexpr int64_t kChain = 32;
+#else
+  static constexpr int64_t kChain = 16;  // products are rounded, too
+#endif
   static vf32 add(vf32 sum, float a, vf32 b) { return sum + splat(a) * b; }
 };
 

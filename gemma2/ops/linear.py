@@ -8,16 +8,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma2 import _C
 from gemma2.ops._library import library
+
+
+def _torch_from_rows() -> dict[torch.dtype, int]:
+    """Rows of x from which torch's product beats the kernel, by dtype; absent: never.
+
+    Measured on one core of a 2-core EPYC (Zen 4), 9216 x 2304, 2026-11-24, GFLOP/s of the kernel and
+    of torch 2.13 at 16, 64, 256 and 1024 rows:
+
+    ======== ============================== ============================
+    dtype    kernel                         torch
+    ======== ============================== ============================
+    float32  57, 89, 101, 100 (AVX2: 48,    34, 56, 80, 85
+             74, 85, 82)
+    bfloat16 103, 159, 180, 177 (AVX2: 52,  101, 171, 200, 202 (without
+             76, 85, 86)                    AVX-512: 0.7)
+    float16  52, 89, 97, 83                 1, 3, 11, 43
+    ======== ============================== ============================
+
+    The portable kernel has no FMA: there torch leads in float32 as soon as bandwidth is not the limit.
+    """
+    return {
+        "avx512bf16": {torch.bfloat16: 64},
+        "portable": {torch.float32: 4},
+    }.get(_C.isa(), {})
+
+
+_TORCH_FROM_ROWS = _torch_from_rows()
+# Where torch's own product is fast, its autograd is also the shorter way to gradients.
+_TORCH_GRADIENTS = (torch.float32, *([torch.bfloat16] if _C.isa() == "avx512bf16" else []))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, accumulated in float32, rounded once.
 
-    The package's kernel where it is the fast one: always for few rows, where reading the weights is the
-    limit. Torch's product for many rows where that is fast on this machine and dtype, unless
-    ``torch.are_deterministic_algorithms_enabled()``: in the kernel a row's bits do not depend on the
-    other rows.
+    The package's kernel, or torch's product for many rows where that is faster on this machine and
+    dtype. With ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's
+    bits do not depend on the other rows.
 
     Args:
         x: ``[.., K]``, float32, bfloat16 or float16.
@@ -34,15 +63,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return library.linear(x, weight)
 
 
-# Rows of x from which torch's product is at least as fast as the kernel, by dtype; absent: never.
-_TORCH_FROM_ROWS: dict[torch.dtype, int] = {torch.float32: 16}
-
-
 def _torch_is_faster(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != weight.dtype or weight.dim() != 2 or x.dim() < 1:
-        return False  # for the kernel's own error
-    if x.shape[-1] != weight.shape[1] or x.shape[-1] == 0:
+    if x.dtype != weight.dtype or weight.dim() != 2 or x.dim() < 1 or x.shape[-1] == 0:
         return False
+    if x.shape[-1] != weight.shape[1]:
+        return False  # the kernel's check says it better
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return x.dtype in _TORCH_GRADIENTS
     from_rows = _TORCH_FROM_ROWS.get(x.dtype)
     return from_rows is not None and x.numel() >= from_rows * x.shape[-1]
 
@@ -58,9 +85,15 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
-    rows = grad.reshape(-1, weight.shape[0])
-    grad_x = (rows @ weight).reshape(x.shape) if ctx.needs_input_grad[0] else None
-    grad_weight = rows.t() @ x.reshape(-1, weight.shape[1]) if ctx.needs_input_grad[1] else None
+    dtype = x.dtype
+    # In float32 where torch's product of the narrow dtype is slow.
+    wide = dtype if dtype in _TORCH_GRADIENTS else torch.float32
+    rows = grad.reshape(-1, weight.shape[0]).to(wide)
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (rows @ weight.to(wide)).reshape(x.shape).to(dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (rows.t() @ x.reshape(-1, weight.shape[1]).to(wide)).to(dtype)
     return grad_x, grad_weight
 
 

@@ -98,21 +98,21 @@ def poison(args, window):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("softcap", [50.0, 0.0, 5.0, 100.0])
-def test_prefill_is_as_exact_as_eager(dtype, D, softcap):
+def test_prefill_matches_float64_as_well_as_eager(dtype, D, softcap):
     q, k, v = make(1, 4, 2, 130, 130, D, dtype=dtype)
     check((q, k, v, ints(0), ints(130)), options(D, softcap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("q_scale", [0.1, 1.0, 30.0])
-def test_small_and_saturated_scores_are_as_exact_as_eager(dtype, q_scale):
+def test_small_and_saturated_scores_match_float64_as_well_as_eager(dtype, q_scale):
     q, k, v = make(1, 4, 2, 96, 700, 256, dtype=dtype, q_scale=q_scale)
     check((q, k, v, ints(604), ints(700)), options(256))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("Hq", "Hkv"), [(4, 4), (4, 2), (3, 1), (4, 1), (8, 1)])
-def test_decode_is_as_exact_as_eager(dtype, Hq, Hkv):
+def test_decode_matches_float64_as_well_as_eager(dtype, Hq, Hkv):
     B = 16
     q, k, v = make(B, Hq, Hkv, 1, 600, 128, dtype=dtype)
     lengths = torch.arange(600 - B, 600)
@@ -191,8 +191,8 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=80, deadline=None)
-def test_any_shape_ring_window_document_and_padding(case):
+@settings(max_examples=60, deadline=None)
+def test_any_shape_ring_window_document_and_padding_matches_the_reference(case):
     """With NaN in every slot that no query sees."""
     args, kw = case
     args = poison(args, kw["window"])
