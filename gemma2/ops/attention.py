@@ -105,8 +105,9 @@ def _attention_by_reference(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     head_dim, q_heads, kv_heads = q.shape[3], q.shape[1], k.shape[1]
-    if k_scale is not None or v_scale is not None:
-        raise ValueError("attention: k_scale is given: int8 caches are not supported yet")
+    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if given is not None:
+            raise ValueError(f"attention: {name} is given: int8 caches are not supported yet")
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != head_dim:
         raise ValueError(
             f"attention: k has shape {list(k.shape)}, v has shape {list(v.shape)}, q has shape "
