@@ -43,6 +43,8 @@ inline const char* dtype_name(ScalarType t) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Bool:
       return "bool";
     default:

@@ -84,7 +84,9 @@ def process(*arguments: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "gemma2", *arguments]
-    return subprocess.Popen(command, env=environment, **{**pipes, **options})
+    # A shell's background jobs ignore Ctrl-C, and so would their children.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, env=environment, **{**pipes, **heed, **options})
 
 
 # ---- help ---------------------------------------------------------------------------------------
