@@ -32,9 +32,9 @@ demo: $(VENV)/.build-requirements  ## Install, then write definitions and classi
 	@echo
 	$(BIN)/gemma2 info
 	@echo
-	$(BIN)/gemma2 generate --seed 1 --stats "a small bird"
+	$(BIN)/gemma2 generate --stats "a small bird"
 	@echo
-	$(BIN)/gemma2 generate --seed 1 --stats "to run quickly"
+	$(BIN)/gemma2 generate --stats "to run quickly"
 	@echo
 	$(BIN)/gemma2 classify "a large wild cat with stripes"
 	@echo
