@@ -9,13 +9,15 @@ TORCH ?= torch==2.13.0
 # A second torch, on which the library that was built against the first one must run unchanged.
 SECOND_TORCH ?= torch==2.14.1
 PYTEST_ARGS ?=
+JOBS ?= $(shell nproc)
+K ?=
 OP ?=
 PIP_INSTALL := $(BIN)/pip install -q --disable-pip-version-check
 BUILD := $(PIP_INSTALL) --no-build-isolation
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint format mutations second-torch bench accuracy clean
+.PHONY: help demo test dev lint format emulator emulate mutations second-torch bench accuracy clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,7 +46,7 @@ dev: $(VENV)/.build-requirements  ## An editable build: Python files are live, C
 	flock $(VENV)/.build-lock $(BUILD) -e .
 
 $(VENV)/.test-requirements: $(VENV)/.build-requirements
-	$(PIP_INSTALL) "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2"
+	$(PIP_INSTALL) "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2" "nvidia-cuda-nvdisasm>=13.2; platform_system == 'Linux'"
 	$(PIP_INSTALL) --target $(VENV)/transformers5 --upgrade "transformers>=5.3,<6"
 	@touch $@
 
@@ -65,6 +67,15 @@ format:  ## Rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+emulator: $(VENV)/.test-requirements  ## Build the CUDA kernels as host code, with the emulator that checks them
+	$(BIN)/python -m tests.cuda.emulation
+
+# The operators' contract tests on emulated CUDA kernels, and the tests of the emulator itself.
+EMULATED := embed rms_norm rope cache_write geglu softcap sample
+emulate: emulator dev  ## CUDA kernels on the emulator; K=rms_norm for one operator's tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda.backend -n $(JOBS) $(PYTEST_ARGS) \
+		$(foreach op,$(or $(K),$(EMULATED)),tests/ops/test_$(op).py)
 
 mutations: $(VENV)/.test-requirements dev  ## Break the model on purpose, one way at a time, and see the tests fail
 	$(BIN)/python -m tests.mutations

@@ -21,7 +21,7 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = GEMMA2_VERSION;
         info["compiler"] = __VERSION__;
         info["built_with_torch"] = GEMMA2_BUILT_WITH_TORCH;
-        info["cuda"] = false;
+        info["cuda"] = GEMMA2_BUILT_CUDA;
 #ifdef GEMMA2_TEST_MUTATIONS
         info["test_mutations"] = true;
 #else
@@ -29,5 +29,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "Version, compiler, torch at build time, CUDA, test build.");
+      "Version, compiler, torch at build time, CUDA kernels (empty: none), test build.");
 }

@@ -634,6 +634,7 @@ def _build() -> dict[str, Any]:
     import torch
 
     from gemma2 import _C
+    from gemma2.ops._library import cuda_status
 
     built = _C.build_info()
     return {
@@ -643,7 +644,7 @@ def _build() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "instruction_sets": _C.compiled_isas(),
-        "cuda": "in this build" if built["cuda"] else "not in this build",
+        "cuda": cuda_status,
     }
 
 

@@ -5,18 +5,18 @@
 #include <tuple>
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 constexpr const char* kOp = "attention";
 
-// An index tensor: int64, on the CPU, of the wanted shape; made dense where it
-// is not (it is small).
+// An index tensor: int64, on q's device, of the wanted shape; made dense where it is not (it is
+// small).
 Tensor indices(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-               const char* layout) {
-  check_cpu(kOp, name, t);
+               const char* layout, const Tensor& q) {
+  check_device(kOp, name, t, "q", q);
   check_dtype(kOp, name, t, ScalarType::Long);
   bool fits = t.dim() == static_cast<int64_t>(shape.size());
   for (int64_t i = 0; fits && i < t.dim(); ++i) fits = t.size(i) == shape.begin()[i];
@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const std::optional<Tensor>& k_scale,
                                      const std::optional<Tensor>& v_scale, double scale,
                                      double softcap, int64_t window, bool deterministic) {
-  check_cpu(kOp, "q", q);
-  check_cpu(kOp, "k", k);
-  check_cpu(kOp, "v", v);
+  check_device(kOp, "q", q);
+  check_device(kOp, "k", k, "q", q);
+  check_device(kOp, "v", v, "q", q);
   check_dim(kOp, "q", q, 4, "[B, Hq, Sq, D]");
   check_dim(kOp, "k", k, 4, "[B, Hkv, C, D]");
   check_dim(kOp, "v", v, 4, "[B, Hkv, C, D]");
@@ -69,18 +69,18 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check(std::isfinite(softcap) && softcap >= 0, kOp, ": softcap is ", softcap,
         ": a positive number is wanted, or 0 for none");
   check(window >= 0, kOp, ": window is ", window, ": a positive number is wanted, or 0 for none");
-  const Tensor starts = indices("q_start", q_start, {batch}, "[B]");
-  const Tensor lengths = indices("kv_len", kv_len, {batch}, "[B]");
+  const Tensor starts = indices("q_start", q_start, {batch}, "[B]", q);
+  const Tensor lengths = indices("kv_len", kv_len, {batch}, "[B]", q);
   std::optional<Tensor> documents, bases;
-  if (kv_start) documents = indices("kv_start", *kv_start, {batch, q_length}, "[B, Sq]");
-  if (k_base) bases = indices("k_base", *k_base, {batch}, "[B]");
+  if (kv_start) documents = indices("kv_start", *kv_start, {batch, q_length}, "[B, Sq]", q);
+  if (k_base) bases = indices("k_base", *k_base, {batch}, "[B]", q);
 
   // Laid out as [B, Sq, Hq, D], so that the output projection reads it without
   // a copy.
   Tensor storage = torch::stable::new_empty(q, {batch, q_length, q_heads, head_dim});
   Tensor out = torch::stable::transpose(storage, 1, 2);
   Tensor lse = torch::stable::new_empty(q, {batch, q_heads, q_length}, ScalarType::Float);
-  cpu_kernels().attention({
+  const AttentionParams params = {
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),
@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
       .deterministic = deterministic,
       .q_dtype = q_dtype,
       .kv_dtype = kv_dtype,
-  });
+  };
+  run(kOp, q, [](const auto& kernels) { return kernels.attention; }, params);
   return {out, lse};
 }
 
@@ -114,3 +115,4 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("attention", TORCH_BOX(&gemma2::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("attention", TORCH_BOX(&gemma2::attention)); }

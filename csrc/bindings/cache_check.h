@@ -13,8 +13,9 @@ struct CacheWriteArguments {
   Tensor q_start, kv_len, k_base;
 };
 
-inline Tensor row_indices(const char* op, const char* name, const Tensor& t, int64_t batch) {
-  check_cpu(op, name, t);
+inline Tensor row_indices(const char* op, const char* name, const Tensor& t, const Tensor& k) {
+  const int64_t batch = k.size(0);
+  check_device(op, name, t, "k", k);
   check_dtype(op, name, t, ScalarType::Long);
   check(t.dim() == 1 && t.size(0) == batch, op, ": ", name, " has shape ", shape_of(t), ": [B] = [",
         batch, "] is wanted");
@@ -22,7 +23,7 @@ inline Tensor row_indices(const char* op, const char* name, const Tensor& t, int
 }
 
 inline void check_cache(const char* op, const char* name, const Tensor& cache, const Tensor& k) {
-  check_cpu(op, name, cache);
+  check_device(op, name, cache, "k", k);
   check_dim(op, name, cache, 4, "[B, Hkv, C, D]");
   check(cache.size(0) == k.size(0) && cache.size(1) == k.size(1) && cache.size(3) == k.size(3), op,
         ": ", name, " has shape ", shape_of(cache), ", k has shape ", shape_of(k),
@@ -37,8 +38,8 @@ inline CacheWriteArguments cache_arguments(const char* op, const Tensor& k_cache
                                            const Tensor& v_cache, const Tensor& k, const Tensor& v,
                                            const Tensor& q_start, const Tensor& kv_len,
                                            const std::optional<Tensor>& k_base) {
-  check_cpu(op, "k", k);
-  check_cpu(op, "v", v);
+  check_device(op, "k", k);
+  check_device(op, "v", v, "k", k);
   check_dim(op, "k", k, 4, "[B, Hkv, S, D]");
   check(shape_of(k) == shape_of(v), op, ": k has shape ", shape_of(k), ", v has shape ",
         shape_of(v), ": they must be the same");
@@ -54,9 +55,9 @@ inline CacheWriteArguments cache_arguments(const char* op, const Tensor& k_cache
   check_same_dtype(op, "k_cache", k_cache, "v_cache", v_cache);
 
   CacheWriteArguments out;
-  out.q_start = row_indices(op, "q_start", q_start, k.size(0));
-  out.kv_len = row_indices(op, "kv_len", kv_len, k.size(0));
-  if (k_base) out.k_base = row_indices(op, "k_base", *k_base, k.size(0));
+  out.q_start = row_indices(op, "q_start", q_start, k);
+  out.kv_len = row_indices(op, "kv_len", kv_len, k);
+  if (k_base) out.k_base = row_indices(op, "k_base", *k_base, k);
   out.params = {
       .k = k.const_data_ptr(),
       .v = v.const_data_ptr(),

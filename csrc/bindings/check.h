@@ -99,8 +99,22 @@ inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t
                       const char* layout) {
   check(t.dim() == dim, op, ": ", name, " has shape ", shape_of(t), ": ", layout, " is wanted");
 }
-inline void check_cpu(const char* op, const char* name, const Tensor& t) {
-  check(t.is_cpu(), op, ": ", name, " is not on the CPU, as the other arguments are");
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "the CPU";
+  if (t.is_cuda()) return "CUDA device " + std::to_string(t.get_device_index());
+  return "a device of another kind";
+}
+// The first argument's device, and then the same for all others.
+inline void check_device(const char* op, const char* name, const Tensor& t) {
+  check(t.is_cpu() || t.is_cuda(), op, ": ", name, " is on ", device_name(t),
+        ": the CPU or a CUDA device is wanted");
+}
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* first_name,
+                         const Tensor& first) {
+  check(t.is_cpu() == first.is_cpu() && t.is_cuda() == first.is_cuda() &&
+            (t.is_cpu() || t.get_device_index() == first.get_device_index()),
+        op, ": ", name, " is on ", device_name(t), ", ", first_name, " is on ", device_name(first),
+        ": they must be on the same device");
 }
 inline void check_dense_last(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ", name,

@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "bindings/check.h"
+#include "bindings/device.h"
 #include "common/mutate.h"
-#include "cpu/kernels.h"
 
 namespace gemma2 {
 namespace {
@@ -29,8 +29,8 @@ float rounded_to(DType dtype, double scale) {
 
 Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   const char* op = "embed";
-  check_cpu(op, "ids", ids);
-  check_cpu(op, "weight", weight);
+  check_device(op, "weight", weight);
+  check_device(op, "ids", ids, "weight", weight);
   check_dtype(op, "ids", ids, ScalarType::Long);
   check_dim(op, "weight", weight, 2, "[V, H]");
   const DType dtype = float_dtype(op, "weight", weight);
@@ -40,7 +40,8 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   const Tensor dense = torch::stable::contiguous(ids);
   const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
   const int64_t tokens = dense.numel(), rows = weight.size(0), hidden = weight.size(1);
-  for (int64_t t = 0; t < tokens; ++t)
+  // On CUDA the kernel stops at such an id: to look at them here, the host would have to wait.
+  for (int64_t t = 0; ids.is_cpu() && t < tokens; ++t)
     check(values[t] >= 0 && values[t] < rows, op, ": ids holds ", values[t], " (element ", t,
           "): the table has ", rows, " rows, 0 <= id < ", rows, " is wanted");
 
@@ -49,17 +50,19 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   const bool narrow = dtype == DType::bf16;
   Tensor out =
       torch::stable::new_empty(weight, shape, narrow ? ScalarType::BFloat16 : ScalarType::Float);
-  cpu_kernels().embed({
+  const EmbedParams params = {
       .ids = values,
       .weight = weight.const_data_ptr(),
       .out = out.mutable_data_ptr(),
       .tokens = tokens,
       .hidden = hidden,
+      .rows = rows,
       .weight_stride = weight.stride(0),
       .scale = rounded_to(dtype, scale),
       .weight_dtype = dtype,
       .out_dtype = narrow ? DType::bf16 : DType::f32,
-  });
+  };
+  run(op, weight, [](const auto& kernels) { return kernels.embed; }, params);
   return out;
 }
 
@@ -67,3 +70,4 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("embed", TORCH_BOX(&gemma2::embed)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("embed", TORCH_BOX(&gemma2::embed)); }

@@ -1,15 +1,15 @@
 #include "params/geglu.h"
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 Tensor geglu(const Tensor& gate, const Tensor& up) {
   const char* op = "geglu";
-  check_cpu(op, "gate", gate);
-  check_cpu(op, "up", up);
+  check_device(op, "gate", gate);
+  check_device(op, "up", up, "gate", gate);
   check(gate.dim() >= 1, op, ": gate is a scalar: [.., F] is wanted");
   check(shape_of(gate) == shape_of(up), op, ": gate has shape ", shape_of(gate), ", up has shape ",
         shape_of(up), ": they must be the same");
@@ -18,7 +18,7 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
 
   const Rows gate_rows = as_rows(gate), up_rows = as_rows(up);
   Tensor out = torch::stable::new_empty(gate, gate.sizes());
-  cpu_kernels().geglu({
+  const GegluParams params = {
       .gate = gate_rows.tensor.const_data_ptr(),
       .up = up_rows.tensor.const_data_ptr(),
       .out = out.mutable_data_ptr(),
@@ -27,7 +27,8 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
       .gate_stride = gate_rows.stride,
       .up_stride = up_rows.stride,
       .dtype = dtype,
-  });
+  };
+  run(op, gate, [](const auto& kernels) { return kernels.geglu; }, params);
   return out;
 }
 
@@ -35,3 +36,4 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("geglu", TORCH_BOX(&gemma2::geglu)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("geglu", TORCH_BOX(&gemma2::geglu)); }

@@ -3,15 +3,15 @@
 #include <vector>
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const char* op = "linear";
-  check_cpu(op, "x", x);
-  check_cpu(op, "weight", weight);
+  check_device(op, "x", x);
+  check_device(op, "weight", weight, "x", x);
   check(x.dim() >= 1, op, ": x is a scalar: [.., K] is wanted");
   check_dim(op, "weight", weight, 2, "[N, K]");
   check(weight.size(1) == x.size(x.dim() - 1), op, ": weight has shape ", shape_of(weight),
@@ -26,7 +26,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(weight.size(0));
   Tensor out = torch::stable::new_empty(x, shape);
-  cpu_kernels().linear({
+  const LinearParams params = {
       .x = rows.tensor.const_data_ptr(),
       .weight = weight.const_data_ptr(),
       .out = out.mutable_data_ptr(),
@@ -36,7 +36,8 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
       .x_stride = rows.stride,
       .weight_stride = weight.stride(0),
       .dtype = dtype,
-  });
+  };
+  run(op, x, [](const auto& kernels) { return kernels.linear; }, params);
   return out;
 }
 
@@ -44,3 +45,4 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("linear", TORCH_BOX(&gemma2::linear)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("linear", TORCH_BOX(&gemma2::linear)); }

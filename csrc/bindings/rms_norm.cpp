@@ -3,13 +3,13 @@
 #include <tuple>
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 void check_weight(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
-  check_cpu(op, name, weight);
+  check_device(op, name, weight, "x", x);
   check(weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op, ": ", name, " has shape ",
         shape_of(weight), ", x has shape ", shape_of(x), ": one weight per element of x's last ",
         "dimension is wanted");
@@ -17,7 +17,7 @@ void check_weight(const char* op, const char* name, const Tensor& weight, const 
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const char* op = "rms_norm";
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
   check(x.dim() >= 1, op, ": x is a scalar: [.., H] is wanted");
   check_weight(op, "weight", weight, x);
   const DType x_dtype = float_dtype(op, "x", x);
@@ -26,7 +26,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const Rows rows = as_rows(x);
   const Tensor dense_weight = torch::stable::contiguous(weight);
   Tensor out = torch::stable::new_empty(x, x.sizes(), weight.scalar_type());
-  cpu_kernels().rms_norm({
+  const RmsNormParams params = {
       .x = rows.tensor.const_data_ptr(),
       .weight = dense_weight.const_data_ptr(),
       .out = out.mutable_data_ptr(),
@@ -36,14 +36,15 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
       .eps = static_cast<float>(eps),
       .x_dtype = x_dtype,
       .weight_dtype = weight_dtype,
-  });
+  };
+  run(op, x, [](const auto& kernels) { return kernels.rms_norm; }, params);
   return out;
 }
 
 Tensor run_add_rms_norm(const char* op, const Tensor& residual, const Tensor& x, const Tensor& post,
                         const Tensor& pre, double eps, bool in_place, Tensor& residual_out) {
-  check_cpu(op, "residual", residual);
-  check_cpu(op, "x", x);
+  check_device(op, "x", x);
+  check_device(op, "residual", residual, "x", x);
   check(x.dim() >= 1, op, ": x is a scalar: [.., H] is wanted");
   check(shape_of(residual) == shape_of(x), op, ": residual has shape ", shape_of(residual),
         ", x has shape ", shape_of(x), ": they must be the same");
@@ -61,7 +62,7 @@ Tensor run_add_rms_norm(const char* op, const Tensor& residual, const Tensor& x,
   const Tensor dense_pre = torch::stable::contiguous(pre);
   residual_out = in_place ? residual : torch::stable::new_empty(residual, residual.sizes());
   Tensor y = torch::stable::new_empty(x, x.sizes(), post.scalar_type());
-  cpu_kernels().add_rms_norm({
+  const AddRmsNormParams params = {
       .residual = dense_residual.const_data_ptr(),
       .x = rows.tensor.const_data_ptr(),
       .post_weight = dense_post.const_data_ptr(),
@@ -75,7 +76,8 @@ Tensor run_add_rms_norm(const char* op, const Tensor& residual, const Tensor& x,
       .residual_dtype = residual_dtype,
       .x_dtype = x_dtype,
       .weight_dtype = weight_dtype,
-  });
+  };
+  run(op, x, [](const auto& kernels) { return kernels.add_rms_norm; }, params);
   return y;
 }
 
@@ -96,6 +98,11 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& post
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&gemma2::rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&gemma2::add_rms_norm));
+  m.impl("add_rms_norm_", TORCH_BOX(&gemma2::add_rms_norm_));
+}
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&gemma2::rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&gemma2::add_rms_norm));
   m.impl("add_rms_norm_", TORCH_BOX(&gemma2::add_rms_norm_));

@@ -3,14 +3,14 @@
 #include <tuple>
 
 #include "bindings/cache_check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 // Dense rows of D/2: a view where the table has them, a copy of this small tensor otherwise.
 Tensor table(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  check_cpu(op, name, t);
+  check_device(op, name, t, "q", q);
   check_dtype(op, name, t, ScalarType::Float);
   const int64_t half = q.size(3) / 2;
   check(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == q.size(0)) && t.size(1) == q.size(2) &&
@@ -29,8 +29,8 @@ struct RopeArguments {
 
 RopeArguments rope_arguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos,
                              const Tensor& sin, bool keep_k) {
-  check_cpu(op, "q", q);
-  check_cpu(op, "k", k);
+  check_device(op, "q", q);
+  check_device(op, "k", k, "q", q);
   check_dim(op, "q", q, 4, "[B, Hq, S, D]");
   check_dim(op, "k", k, 4, "[B, Hkv, S, D]");
   check(q.size(0) == k.size(0) && q.size(2) == k.size(2) && q.size(3) == k.size(3), op,
@@ -79,7 +79,7 @@ RopeArguments rope_arguments(const char* op, const Tensor& q, const Tensor& k, c
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos,
                                 const Tensor& sin) {
   const RopeArguments arguments = rope_arguments("rope", q, k, cos, sin, true);
-  cpu_kernels().rope(arguments.params);
+  run("rope", q, [](const auto& kernels) { return kernels.rope; }, arguments.params);
   return {arguments.q_out, arguments.k_out};
 }
 
@@ -90,7 +90,8 @@ Tensor rope_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   const CacheWriteArguments cache =
       cache_arguments("rope_cache", k_cache, v_cache, k, v, q_start, kv_len, k_base);
   const RopeArguments arguments = rope_arguments("rope_cache", q, k, cos, sin, false);
-  cpu_kernels().rope_cache(arguments.params, cache.params);
+  run("rope_cache", q, [](const auto& kernels) { return kernels.rope_cache; }, arguments.params,
+      cache.params);
   return arguments.q_out;
 }
 
@@ -98,6 +99,10 @@ Tensor rope_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) {
+  m.impl("rope", TORCH_BOX(&gemma2::rope));
+  m.impl("rope_cache", TORCH_BOX(&gemma2::rope_cache));
+}
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) {
   m.impl("rope", TORCH_BOX(&gemma2::rope));
   m.impl("rope_cache", TORCH_BOX(&gemma2::rope_cache));
 }

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
@@ -12,13 +12,14 @@ constexpr const char* kOp = "sample";
 
 // The history as dense [B, L], with every entry below V; null Tensor when there is none.
 Tensor checked_history(const Tensor& history, const Tensor& logits) {
-  check_cpu(kOp, "history", history);
+  check_device(kOp, "history", history, "logits", logits);
   check_dtype(kOp, "history", history, ScalarType::Long);
   check(history.dim() == 2 && history.size(0) == logits.size(0), kOp, ": history has shape ",
         shape_of(history), ", logits has shape ", shape_of(logits), ": [B, L] is wanted");
   const Tensor dense = torch::stable::contiguous(history);
   const int64_t* tokens = static_cast<const int64_t*>(dense.const_data_ptr());
-  for (int64_t i = 0; i < dense.numel(); ++i)
+  // On CUDA the kernel stops at such a token: to look at them here, the host would have to wait.
+  for (int64_t i = 0; logits.is_cpu() && i < dense.numel(); ++i)
     check(tokens[i] < logits.size(1), kOp, ": history holds ", tokens[i], ", logits has shape ",
           shape_of(logits), ": tokens below ", logits.size(1), " are wanted, or -1 for none");
   return dense;
@@ -27,13 +28,13 @@ Tensor checked_history(const Tensor& history, const Tensor& logits) {
 Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_t seed,
               const Tensor& step, double temperature, int64_t top_k, double top_p, double min_p,
               double repetition_penalty) {
-  check_cpu(kOp, "logits", logits);
+  check_device(kOp, "logits", logits);
   check_dim(kOp, "logits", logits, 2, "[B, V]");
   const DType dtype = float_dtype(kOp, "logits", logits);
   const int64_t batch = logits.size(0), vocab = logits.size(1);
   check(vocab > 0 && vocab <= INT32_MAX, kOp, ": logits has shape ", shape_of(logits),
         ": [B, V] with 1 <= V < 2^31 is wanted");
-  check_cpu(kOp, "step", step);
+  check_device(kOp, "step", step, "logits", logits);
   check_dtype(kOp, "step", step, ScalarType::Long);
   check(step.dim() == 0, kOp, ": step has shape ", shape_of(step), ": a scalar is wanted");
   check(std::isfinite(temperature) && temperature >= 0, kOp, ": temperature is ", temperature,
@@ -51,24 +52,27 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
   const Rows rows = as_rows(logits);
   Tensor out = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
   int64_t* chosen = static_cast<int64_t*>(out.mutable_data_ptr());
-  cpu_kernels().sample({
+  const SampleParams params = {
       .logits = rows.tensor.const_data_ptr(),
       .history = history ? static_cast<const int64_t*>(tokens.const_data_ptr()) : nullptr,
+      .step = static_cast<const int64_t*>(step.const_data_ptr()),
       .out = chosen,
       .batch = batch,
       .vocab = vocab,
       .logits_stride = rows.stride,
       .history_length = history ? tokens.size(1) : 0,
       .seed = static_cast<uint64_t>(seed),
-      .step = static_cast<uint64_t>(*static_cast<const int64_t*>(step.const_data_ptr())),
       .temperature = static_cast<float>(temperature),
       .repetition_penalty = static_cast<float>(repetition_penalty),
       .top_p = top_p,
       .min_p = min_p,
       .top_k = top_k,
       .dtype = dtype,
-  });
-  for (int64_t r = 0; r < batch; ++r) {
+  };
+  run_with_scratch(kOp, logits, sample_scratch_bytes(batch, vocab),
+                   [](const auto& kernels) { return kernels.sample; }, params);
+  // On CUDA these numbers stay in the result, for whoever reads it back anyway.
+  for (int64_t r = 0; logits.is_cpu() && r < batch; ++r) {
     check(chosen[r] != kSampleNotFinite, kOp, ": row ", r,
           " of logits has NaN or +infinity, or overflows when divided by the temperature ",
           temperature, ": numbers below infinity are wanted");
@@ -82,3 +86,4 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("sample", TORCH_BOX(&gemma2::sample)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("sample", TORCH_BOX(&gemma2::sample)); }

@@ -3,25 +3,26 @@
 #include <cmath>
 
 #include "bindings/check.h"
-#include "cpu/kernels.h"
+#include "bindings/device.h"
 
 namespace gemma2 {
 namespace {
 
 Tensor softcap(const Tensor& x, double cap) {
-  check_cpu("softcap", "x", x);
+  check_device("softcap", "x", x);
   const DType dtype = float_dtype("softcap", "x", x);
   check(std::isfinite(cap) && cap > 0, "softcap: cap is ", cap,
         ": a positive finite number is wanted");
   const Tensor dense = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, x.sizes());
-  cpu_kernels().softcap({
+  const SoftcapParams params = {
       .x = dense.const_data_ptr(),
       .out = out.mutable_data_ptr(),
       .n = dense.numel(),
       .cap = static_cast<float>(cap),
       .dtype = dtype,
-  });
+  };
+  run("softcap", x, [](const auto& kernels) { return kernels.softcap; }, params);
   return out;
 }
 
@@ -29,3 +30,4 @@ Tensor softcap(const Tensor& x, double cap) {
 }  // namespace gemma2
 
 STABLE_TORCH_LIBRARY_IMPL(gemma2, CPU, m) { m.impl("softcap", TORCH_BOX(&gemma2::softcap)); }
+STABLE_TORCH_LIBRARY_IMPL(gemma2, CUDA, m) { m.impl("softcap", TORCH_BOX(&gemma2::softcap)); }

@@ -1,31 +1,11 @@
 // The table of CPU kernels: one copy per instruction set, chosen once per process.
 #pragma once
 
-#include "params/attention.h"
-#include "params/cache_write.h"
-#include "params/embed.h"
-#include "params/geglu.h"
-#include "params/linear.h"
-#include "params/rms_norm.h"
-#include "params/rope.h"
-#include "params/sample.h"
-#include "params/softcap.h"
+#include "params/kernels.h"
 
 namespace gemma2 {
 
-struct CpuKernels {
-  void (*embed)(const EmbedParams&);
-  void (*rms_norm)(const RmsNormParams&);
-  void (*add_rms_norm)(const AddRmsNormParams&);
-  void (*rope)(const RopeParams&);
-  void (*cache_write)(const CacheWriteParams&);
-  void (*rope_cache)(const RopeParams&, const CacheWriteParams&);
-  void (*attention)(const AttentionParams&);
-  void (*geglu)(const GegluParams&);
-  void (*softcap)(const SoftcapParams&);
-  void (*linear)(const LinearParams&);
-  void (*sample)(const SampleParams&);
-};
+using CpuKernels = KernelTable<>;
 
 // Files under csrc/cpu/ that are compiled per instruction set define these in their own namespace,
 // and keep everything else in an anonymous namespace inside it: nothing that the linker could

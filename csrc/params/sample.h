@@ -10,9 +10,10 @@ struct SampleParams {
   const void* logits;  // [batch, vocab], rows `logits_stride` elements apart, vocab < 2^31
   const int64_t*
       history;   // [batch, history_length] dense, entries < vocab, those < 0 are ignored; or null
-  int64_t* out;  // [batch]: a token, or one of the numbers below
+  const int64_t* step;  // a scalar
+  int64_t* out;         // [batch]: a token, or one of the numbers below
   int64_t batch, vocab, logits_stride, history_length;
-  uint64_t seed, step;
+  uint64_t seed;
   float temperature, repetition_penalty;
   double top_p, min_p;
   int64_t top_k;  // 0: all
@@ -22,5 +23,10 @@ struct SampleParams {
 // What `out` holds for a row that has no token.
 constexpr int64_t kSampleNotFinite = -1;  // a score is NaN or +infinity
 constexpr int64_t kSampleEmpty = -2;      // every score is -infinity
+
+// Working memory of the CUDA kernel, in bytes.
+inline int64_t sample_scratch_bytes(int64_t batch, int64_t vocab) {
+  return batch * (vocab * 8 + 65536);
+}
 
 }  // namespace gemma2

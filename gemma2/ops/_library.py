@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -13,6 +14,39 @@ if not _LIBRARY.exists():
         "Run `pip install .` (or `make dev`) in the source tree."
     )
 torch.ops.load_library(str(_LIBRARY))
+
+
+
+def _load_cuda() -> str:
+    """Hands the kernels of the CUDA library, where there is one, to the operators; why not, else.
+
+    The library is a shared object of its own that knows no torch, so that one build serves every
+    torch; it is loaded only where torch has CUDA.
+    """
+    from gemma2 import _C
+
+    built = _C.build_info()["cuda"]
+    if not built:
+        return "not in this build: nvcc was not found"
+    if torch.version.cuda is None:
+        return f"in this build ({built}), not loaded: torch {torch.__version__} is without CUDA"
+    path = _LIBRARY.with_name("_cuda.so")
+    try:
+        cuda = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"in this build ({built}), not loaded: {error}"
+    cuda.gemma2_cuda_trouble.restype = ctypes.c_char_p
+    trouble = cuda.gemma2_cuda_trouble()
+    if trouble is not None:
+        return f"in this build ({built}), not loaded: {trouble.decode()}"
+    cuda.gemma2_cuda_kernels.restype = ctypes.c_void_p
+    operators = ctypes.CDLL(str(_LIBRARY))
+    operators.gemma2_install_kernels(ctypes.c_void_p(cuda.gemma2_cuda_kernels()), False)
+    return f"in use ({built})"
+
+
+# "in use (...)", or why the CUDA kernels are not; `gemma2 info` shows it.
+cuda_status = _load_cuda()
 
 # The compiled operators, which every face calls through this namespace.
 library = torch.ops.gemma2

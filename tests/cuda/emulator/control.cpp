@@ -1,0 +1,31 @@
+// What Python sees of the emulator, by ctypes (tests/cuda/emulation.py).
+
+#include "cuda/emulator/runtime.h"
+
+using namespace gemma2::emulator;
+
+extern "C" {
+
+void gemma2_emulator_configure(uint64_t seed, int order, int landing, int counting) {
+  settings() = {seed, static_cast<Order>(order), static_cast<Landing>(landing), counting != 0};
+}
+
+// As JSON: by kernel. Valid until the next call.
+const char* gemma2_emulator_counters() {
+  static std::string text;
+  text = counters_json();
+  return text.c_str();
+}
+void gemma2_emulator_reset_counters() { rt().counters.clear(); }
+
+// Launches so far, whether counted or not.
+uint64_t gemma2_emulator_blocks() { return rt().serial; }
+
+// access: 0 read, 1 write, 2 both.
+void gemma2_emulator_add_region(const char* name, const void* p, int64_t rows, int64_t bytes,
+                                int64_t stride, int access) {
+  add_region(name, p, bytes, {{rows, stride}}, static_cast<Access>(access));
+}
+void gemma2_emulator_clear_regions() { clear_regions(); }
+
+}  // extern "C"
