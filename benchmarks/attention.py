@@ -1,14 +1,13 @@
 """Attention at Gemma 2's shapes (2B: 8 query heads, 4 key/value heads, head_dim 256), against torch.
 
 Peers: SDPA, which knows neither cap nor window (its floor for the same products); FlexAttention,
-compiled, with both; transformers' eager attention, with both. FLOP: 4 D per visible pair and query
-head, the causal half only.
+compiled, with both; transformers' eager attention, with both, and compiled. FLOP: 4 D per visible
+pair and query head, the causal half only.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
 
 CAP = 50.0
 Q_HEADS, KV_HEADS = 8, 4
-COLD_BYTES = (
-    128 << 20
-)  # of caches, taken in turns, so that a decode step finds none in the processor
+# Of caches, taken in turns, so that a decode step finds none in the processor.
+COLD_BYTES = 128 << 20
 
 
 def cases() -> list[dict[str, Any]]:
@@ -51,7 +50,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tens
     return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), v)
 
 
-def flex(queries: int, keys: int, window: int, scale: float) -> Callable[..., Any]:
+def flex(
+    queries: int, keys: int, window: int, scale: float, device: torch.device
+) -> Callable[..., Any]:
     """FlexAttention with cap and window, compiled at its first call (half a minute)."""
 
     def cap(score: Tensor, *_: Tensor) -> Tensor:
@@ -61,8 +62,7 @@ def flex(queries: int, keys: int, window: int, scale: float) -> Callable[..., An
         p = i + (keys - queries)
         return (j <= p) & (j > p - window) if window else j <= p
 
-    mask = create_block_mask(visible, None, None, queries, keys, device="cpu")
-    torch.compiler.reset()  # each case compiles anew; many in one process reach dynamo's limit
+    mask = create_block_mask(visible, None, None, queries, keys, device=str(device))
     return functools.partial(
         torch.compile(flex_attention, dynamic=False),
         score_mod=cap,
@@ -72,32 +72,44 @@ def flex(queries: int, keys: int, window: int, scale: float) -> Callable[..., An
     )
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     queries, keys, D, window = (case[n] for n in ("queries", "keys", "D", "window"))
     dtype, scale = getattr(torch, case["dtype"]), D**-0.5
-    q = torch.randn(1, Q_HEADS, queries, D).to(dtype) * 4
+    draw = Draw(device)
+    q = draw.normal(1, Q_HEADS, queries, D).to(dtype) * 4
     cache_bytes = 2 * KV_HEADS * keys * D * q.element_size()
-    copies = 1 if queries > 8 else -(-COLD_BYTES // cache_bytes)
-    caches = [torch.randn(2, 1, KV_HEADS, keys, D).to(dtype) for _ in range(copies)]
-    turns = itertools.cycle(caches)
-
-    start, length = torch.tensor([keys - queries]), torch.tensor([keys])
-    p, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+    decode = queries <= 8
+    inputs = Inputs(
+        lambda: draw.normal(2, 1, KV_HEADS, keys, D).to(dtype).unbind(),
+        cache_bytes,
+        device,
+        COLD_BYTES if decode else 0,
+    )
+    start, length = (torch.tensor([n], device=device) for n in (keys - queries, keys))
+    j = torch.arange(keys, device=device)
+    p = j[keys - queries :, None]
     seen = (j <= p) & ((j > p - window) if window else True)
-    hidden = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    hidden = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    options = {"scale": scale, "softcap": CAP, "window": window}
 
-    def ours(deterministic: bool = False) -> object:
-        k, v = next(turns)
-        options = {"scale": scale, "softcap": CAP, "window": window}
-        return ops.attention(q, k, v, start, length, **options, deterministic=deterministic)
+    def ours(k: Tensor, v: Tensor) -> object:
+        return ops.attention(q, k, v, start, length, **options)
 
-    flexible = flex(queries, keys, window, scale)
+    def deterministic(k: Tensor, v: Tensor) -> object:
+        return ops.attention(q, k, v, start, length, **options, deterministic=True)
+
+    def by_torch(k: Tensor, v: Tensor) -> Tensor:
+        return eager(q, k, v, scale, hidden)
+
+    flexible = flex(queries, keys, window, scale, device)
     return {
-        "ours": ours,
-        "deterministic": lambda: ours(True),
-        "sdpa, no cap": lambda: sdpa(q, *next(turns), scale, causal=queries == keys),
-        "flex": lambda: flexible(q, *next(turns)),
-        "eager": lambda: eager(q, *next(turns), scale, hidden),
-        "flop": 4 * D * Q_HEADS * int(seen.sum()) if queries > 8 else None,
-        "bytes": cache_bytes if queries <= 8 else None,
+        "ours": inputs.call(ours),
+        "deterministic": inputs.call(deterministic),
+        "sdpa, no cap": inputs.call(lambda k, v: sdpa(q, k, v, scale, causal=queries == keys)),
+        "flex": inputs.call(lambda k, v: flexible(q, k, v)),
+        "eager": inputs.call(by_torch),
+        "compile": inputs.call(compiled(by_torch)),
+        "flop": None if decode else 4 * D * Q_HEADS * int(seen.sum()),
+        "bytes": cache_bytes if decode else None,
+        **inputs.note,
     }

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
+
+ROWS = 32000
 
 
 def cases() -> list[dict[str, Any]]:
@@ -18,13 +22,21 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    dtype, hidden = getattr(torch, case["dtype"]), case["hidden"]
-    weight = torch.randn(32000, hidden).to(dtype)
-    ids = torch.randint(0, 32000, (case["tokens"],))
-    scale = torch.tensor(hidden**0.5, dtype=dtype)
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    dtype, hidden, tokens = getattr(torch, case["dtype"]), case["hidden"], case["tokens"]
+    draw = Draw(device)
+    weight = draw.normal(ROWS, hidden).to(dtype)
+    scale = torch.tensor(hidden**0.5, dtype=dtype, device=device)
+
+    def eager(ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, weight) * scale
+
+    moved = 2 * tokens * hidden * weight.element_size()
+    inputs = Inputs(lambda: (draw.integers(ROWS, tokens),), moved, device)
     return {
-        "ours": lambda: ops.embed(ids, weight, hidden**0.5),
-        "torch": lambda: torch.nn.functional.embedding(ids, weight) * scale,
-        "bytes": 2 * ids.numel() * hidden * weight.element_size(),
+        "ours": inputs.call(lambda ids: ops.embed(ids, weight, hidden**0.5)),
+        "torch": inputs.call(eager),
+        "compile": inputs.call(compiled(eager)),
+        "bytes": moved,
+        **inputs.note,
     }

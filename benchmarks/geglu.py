@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
 
 
@@ -18,11 +20,19 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    dtype = getattr(torch, case["dtype"])
-    gate, up = torch.randn(2, case["rows"], case["width"]).to(dtype)
+def eager(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    dtype, shape = getattr(torch, case["dtype"]), (case["rows"], case["width"])
+    draw = Draw(device)
+    moved = 3 * case["rows"] * case["width"] * dtype.itemsize
+    inputs = Inputs(lambda: draw.normal(2, *shape).to(dtype).unbind(), moved, device)
     return {
-        "ours": lambda: ops.geglu(gate, up),
-        "torch": lambda: torch.nn.functional.gelu(gate, approximate="tanh") * up,
-        "bytes": 3 * gate.numel() * gate.element_size(),
+        "ours": inputs.call(ops.geglu),
+        "torch": inputs.call(eager),
+        "compile": inputs.call(compiled(eager)),
+        "bytes": moved,
+        **inputs.note,
     }

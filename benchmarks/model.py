@@ -176,7 +176,9 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    if device.type != "cpu":
+        raise NotImplementedError(f"the whole model is compared on the CPU only, not on {device}")
     args = _parser().parse_args([])
     for name, value in case.items():
         setattr(args, name, value)

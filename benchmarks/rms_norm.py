@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
 
 EPS = 1e-6
@@ -33,20 +34,37 @@ def torch_norm(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], 1.0 + weight, EPS)
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    dtype = getattr(torch, case["dtype"])
-    x, residual = torch.randn(2, case["rows"], case["hidden"]).to(dtype)
-    post, pre = torch.randn(2, case["hidden"]).to(dtype)
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    dtype, shape = getattr(torch, case["dtype"]), (case["rows"], case["hidden"])
+    draw = Draw(device)
+    post, pre = draw.normal(2, case["hidden"]).to(dtype)
+    size = case["rows"] * case["hidden"] * dtype.itemsize
     if case["op"] == "rms_norm":
+        inputs = Inputs(lambda: (draw.normal(*shape).to(dtype),), 2 * size, device)
         return {
-            "ours": lambda: ops.rms_norm(x, pre, EPS),
-            "eager": lambda: eager(x, pre),
-            "torch": lambda: torch_norm(x, pre),
-            "bytes": 2 * x.numel() * x.element_size(),
+            "ours": inputs.call(lambda x: ops.rms_norm(x, pre, EPS)),
+            "eager": inputs.call(lambda x: eager(x, pre)),
+            "torch": inputs.call(lambda x: torch_norm(x, pre)),
+            "compile": inputs.call(compiled(lambda x: eager(x, pre))),
+            "bytes": 2 * size,
+            **inputs.note,
         }
+
+    def eager_seam(residual: Tensor, x: Tensor) -> Tensor:
+        return eager(residual.add_(eager(x, post)), pre)
+
+    def torch_seam(residual: Tensor, x: Tensor) -> Tensor:
+        return torch_norm(residual.add_(torch_norm(x, post)), pre)
+
+    def ours(residual: Tensor, x: Tensor) -> Tensor:
+        return ops.add_rms_norm_(residual, x, post, pre, EPS)
+
+    inputs = Inputs(lambda: draw.normal(2, *shape).to(dtype).unbind(), 4 * size, device)
     return {
-        "ours": lambda: ops.add_rms_norm_(residual, x, post, pre, EPS),
-        "eager": lambda: eager(residual + eager(x, post), pre),
-        "torch": lambda: torch_norm(residual + torch_norm(x, post), pre),
-        "bytes": 4 * x.numel() * x.element_size(),
+        "ours": inputs.call(ours),
+        "eager": inputs.call(eager_seam),
+        "torch": inputs.call(torch_seam),
+        "compile": inputs.call(compiled(eager_seam)),
+        "bytes": 4 * size,
+        **inputs.note,
     }

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
 
 CAPACITY = 4224  # of a sliding layer: window 4096, margin 64, rounded up to 128
+FIRST = 1000  # position of the first new token
 
 
 def cases() -> list[dict[str, Any]]:
@@ -29,34 +31,53 @@ def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     dtype, tokens = getattr(torch, case["dtype"]), case["tokens"]
     q_heads, kv_heads, dim = case["heads"]
+    draw = Draw(device)
 
     def projected(heads: int) -> Tensor:
-        return torch.randn(1, tokens, heads, dim).to(dtype).transpose(1, 2)
+        return draw.normal(1, tokens, heads, dim).to(dtype).transpose(1, 2)
 
-    q, k, v = projected(q_heads), projected(kv_heads), projected(kv_heads)
-    cos, sin = ops.rope_table(torch.arange(tokens)[None], dim)
+    cos, sin = ops.rope_table(torch.arange(FIRST, FIRST + tokens, device=device)[None], dim)
     wide = [torch.cat([t, t], dim=-1)[:, None].to(dtype) for t in (cos, sin)]
-    moved = q.numel() + k.numel()
+    head_bytes = tokens * dim * dtype.itemsize
     if case["op"] == "rope":
-        return {
-            "ours": lambda: ops.rope(q, k, cos, sin),
-            "eager": lambda: (eager(q, *wide), eager(k, *wide)),
-            "bytes": 2 * moved * q.element_size(),
-        }
-    k_cache, v_cache = torch.zeros(2, 1, kv_heads, CAPACITY, dim, dtype=dtype)
-    start, end = torch.tensor([1000]), torch.tensor([1000 + tokens])
-    slots = torch.arange(1000, 1000 + tokens)
 
-    def eager_cache() -> Tensor:
+        def eager_rope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return eager(q, *wide), eager(k, *wide)
+
+        moved = 2 * (q_heads + kv_heads) * head_bytes
+        inputs = Inputs(lambda: (projected(q_heads), projected(kv_heads)), moved, device)
+        return {
+            "ours": inputs.call(lambda q, k: ops.rope(q, k, cos, sin)),
+            "eager": inputs.call(eager_rope),
+            "compile": inputs.call(compiled(eager_rope)),
+            "bytes": moved,
+            **inputs.note,
+        }
+
+    start, end = (torch.tensor([n], device=device) for n in (FIRST, FIRST + tokens))
+    slots = torch.arange(FIRST, FIRST + tokens, device=device)
+
+    def draw_set() -> tuple[Tensor, ...]:
+        caches = torch.zeros(2, 1, kv_heads, CAPACITY, dim, dtype=dtype, device=device)
+        return projected(q_heads), projected(kv_heads), projected(kv_heads), *caches
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return ops.rope_cache(q, k, v, cos, sin, k_cache, v_cache, start, end)
+
+    def eager_cache(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         k_cache.index_copy_(2, slots, eager(k, *wide))
         v_cache.index_copy_(2, slots, v)
         return eager(q, *wide)
 
+    moved = 2 * (q_heads + 2 * kv_heads) * head_bytes
+    inputs = Inputs(draw_set, moved, device)
     return {
-        "ours": lambda: ops.rope_cache(q, k, v, cos, sin, k_cache, v_cache, start, end),
-        "eager": eager_cache,
-        "bytes": 2 * (moved + v.numel()) * q.element_size(),
+        "ours": inputs.call(ours),
+        "eager": inputs.call(eager_cache),
+        "compile": inputs.call(compiled(eager_cache)),
+        "bytes": moved,
+        **inputs.note,
     }

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2 import ops
+from benchmarks.timing import Draw, Inputs, compiled
+from gemma2 import ops, reference
+
+VOCAB = 256000
 
 
 def cases() -> list[dict[str, Any]]:
@@ -29,9 +32,7 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def transformers_call(
-    logits: Tensor, history: Tensor, options: dict[str, Any]
-) -> Callable[[], Tensor]:
+def transformers_call(options: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
     """What transformers' generate does with a step's logits."""
     from transformers.generation import logits_process as lp
 
@@ -45,7 +46,7 @@ def transformers_call(
     greedy = options.get("temperature") == 0.0
     steps = [] if greedy else [makers[name](options[name]) for name in makers if name in options]
 
-    def call() -> Tensor:
+    def call(logits: Tensor, history: Tensor) -> Tensor:
         scores = logits.float()
         for step in steps:
             scores = step(history, scores)
@@ -56,13 +57,32 @@ def transformers_call(
     return call
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    logits = ops.softcap(torch.randn(case["rows"], 256000) * 3, 30.0)
-    logits = logits.to(getattr(torch, case["dtype"]))
-    history = torch.randint(0, 256000, (case["rows"], 512))
-    step = torch.zeros((), dtype=torch.int64)
-    return {
-        "ours": lambda: ops.sample(logits, history, 0, step, **case["options"]),
-        "transformers": transformers_call(logits, history, case["options"]),
-        "bytes": logits.numel() * logits.element_size(),
-    }
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    rows, dtype, options = case["rows"], getattr(torch, case["dtype"]), case["options"]
+    draw = Draw(device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def draw_set() -> tuple[Tensor, Tensor]:
+        logits = reference.softcap(draw.normal(rows, VOCAB) * 3, 30.0).to(dtype)
+        return logits, draw.integers(VOCAB, rows, 512)
+
+    def ours(logits: Tensor, history: Tensor) -> Tensor:
+        return ops.sample(logits, history, 0, step, **options)
+
+    moved = rows * VOCAB * dtype.itemsize
+    inputs = Inputs(draw_set, moved, device)
+    calls: dict[str, Any] = {"ours": inputs.call(ours)}
+    try:
+        theirs = transformers_call(options)
+        calls["transformers"] = inputs.call(theirs)
+        calls["compile"] = inputs.call(compiled(theirs))
+    except ImportError as error:
+        calls["transformers"] = inputs.call(_refuse(error))
+    return {**calls, "bytes": moved, **inputs.note}
+
+
+def _refuse(error: Exception) -> Callable[..., object]:
+    def refuse(*_: object) -> object:
+        raise error
+
+    return refuse

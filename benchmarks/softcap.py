@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.timing import Draw, Inputs, compiled
 from gemma2 import ops
+
+CAP = 30.0
 
 
 def cases() -> list[dict[str, Any]]:
@@ -17,10 +21,19 @@ def cases() -> list[dict[str, Any]]:
     ]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    x = (torch.randn(case["rows"], case["vocab"]) * 30).to(getattr(torch, case["dtype"]))
+def eager(x: Tensor) -> Tensor:
+    return torch.tanh(x / CAP) * CAP
+
+
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    dtype, shape = getattr(torch, case["dtype"]), (case["rows"], case["vocab"])
+    draw = Draw(device)
+    moved = 2 * case["rows"] * case["vocab"] * dtype.itemsize
+    inputs = Inputs(lambda: ((draw.normal(*shape) * CAP).to(dtype),), moved, device)
     return {
-        "ours": lambda: ops.softcap(x, 30.0),
-        "torch": lambda: torch.tanh(x / 30.0) * 30.0,
-        "bytes": 2 * x.numel() * x.element_size(),
+        "ours": inputs.call(lambda x: ops.softcap(x, CAP)),
+        "torch": inputs.call(eager),
+        "compile": inputs.call(compiled(eager)),
+        "bytes": moved,
+        **inputs.note,
     }

@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ __all__ = [
     "bench_operators",
     "cache_bytes",
     "cpu_name",
+    "gpu",
     "machine",
     "markdown",
     "measure",
@@ -50,19 +52,67 @@ class Timing:
     runs: int
 
 
+# What is timed at once on a GPU, where the clock is read from events that cost microseconds.
+_BATCH_SECONDS = 5e-4
+
+
 def measure(
-    call: Callable[[], object], seconds: float = 0.5, least: int = 5, warm_up: int = 2
+    call: Callable[[], object],
+    seconds: float = 0.5,
+    least: int = 5,
+    warm_up: int = 2,
+    device: torch.device | str = "cpu",
 ) -> Timing:
-    """Time `call` again and again, for `seconds` and at least `least` times, after a warm-up."""
+    """Time `call` again and again, for `seconds` and at least `least` times, after a warm-up.
+
+    On the CPU each call is timed alone. On a CUDA device as many calls as fill half a millisecond
+    are timed together, between two events on the current stream, and `min` and `median` are those of
+    the batches' means; `runs` counts calls.
+    """
+    cuda = torch.device(device).type == "cuda"
+    batch = _between_events(call) if cuda else _by_the_clock(call)
     for _ in range(warm_up):
         call()
+    return _measure(batch, seconds, least, _BATCH_SECONDS if cuda else 0.0)
+
+
+def _measure(
+    batch: Callable[[int], float], seconds: float, least: int, batch_seconds: float
+) -> Timing:
+    """Time batches; `batch(n)` runs n calls and gives the seconds they took."""
+    n = 1
+    if batch_seconds > 0:
+        one = batch(1)
+        n = max(1, min(1000, math.ceil(batch_seconds / max(one, 1e-7))))
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
+        times.append(batch(n) / n)
+    return Timing(min(times), statistics.median(times), n * len(times))
+
+
+def _by_the_clock(call: Callable[[], object]) -> Callable[[int], float]:
+    def batch(n: int) -> float:
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return Timing(min(times), statistics.median(times), len(times))
+        for _ in range(n):
+            call()
+        return time.perf_counter() - start
+
+    return batch
+
+
+def _between_events(call: Callable[[], object]) -> Callable[[int], float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def batch(n: int) -> float:
+        start.record()
+        for _ in range(n):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return batch
 
 
 def peak_memory() -> int:
@@ -81,9 +131,43 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, Any]:
-    """Give what a figure needs beside it: the machine, the versions, the threads, the day."""
+def gpu(device: torch.device | str = "cuda") -> dict[str, Any]:
+    """Give a CUDA device's name, size, driver and clocks; what cannot be asked for is left out."""
+    known = torch.cuda.get_device_properties(torch.device(device))
+    found: dict[str, Any] = {
+        "gpu": known.name,
+        "compute capability": f"{known.major}.{known.minor}",
+        "multiprocessors": known.multi_processor_count,
+        "gpu memory GB": round(known.total_memory / 1e9, 1),
+        "L2 MB": round(known.L2_cache_size / 1e6, 1),
+        "cuda": torch.version.cuda,
+    }
+    # By its UUID, since CUDA_VISIBLE_DEVICES renumbers devices for torch alone.
+    uuid = getattr(known, "uuid", None)
+    command = ["nvidia-smi", *([f"--id=GPU-{uuid}"] if uuid else [])]
+    names = {
+        "driver": "driver_version",
+        "SM MHz": "clocks.sm",
+        "SM MHz at most": "clocks.max.sm",
+        "memory MHz": "clocks.mem",
+        "power limit": "power.limit",
+    }
+    command += [f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return found
+    values = answer.stdout.splitlines()[0].split(",") if answer.stdout else []
+    return {**found, **{n: v.strip() for n, v in zip(names, values, strict=False)}}
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Give what a figure needs beside it: the machine, the versions, the threads, the day.
+
+    For a CUDA device the GPU, its driver and its clocks at this moment, too.
+    """
     return {
+        **(gpu(device) if torch.device(device).type == "cuda" else {}),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "isa": _C.isa(),
