@@ -12,9 +12,16 @@ from gemma2 import reference
 from gemma2.ops._library import library
 
 _NATIVE_HEAD_DIMS = (64, 128, 256)
-_warned_head_dims: set[int] = set()
+_warned: set[str] = set()
 # The backward holds a few float32 matrices [heads, rows, keys] at once; each has at most this many elements.
 _BACKWARD_ELEMENTS = 1 << 24
+
+
+def _why_reference(q: Tensor) -> str:
+    """Why the kernel cannot serve q; empty if it can."""
+    if q.shape[-1] not in _NATIVE_HEAD_DIMS:
+        return f"head_dim {q.shape[-1]} has no kernel (64, 128 and 256 have)"
+    return "there is no CUDA kernel yet" if q.is_cuda else ""
 
 
 def attention(
@@ -66,10 +73,10 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or strides do not fit, ``softcap < 0`` or ``window < 0``.
 
-    Head dims other than 64, 128 and 256 run through :mod:`gemma2.reference`, which is said once.
+    Head dims other than 64, 128 and 256, and tensors on CUDA devices, run through
+    :mod:`gemma2.reference`, which is said once.
     """
-    head_dim = q.shape[-1]
-    if head_dim not in _NATIVE_HEAD_DIMS and q.dim() == k.dim() == v.dim() == 4:
+    if _why_reference(q) and q.dim() == k.dim() == v.dim() == 4:
         return _attention_by_reference(
             q, k, v, q_start, kv_len, kv_start, k_base, k_scale, v_scale, scale, softcap, window
         )
@@ -123,13 +130,10 @@ def _attention_by_reference(
             f"attention: softcap is {softcap}, window is {window}: positive numbers are wanted, or 0 "
             "for none"
         )
-    if head_dim not in _warned_head_dims:
-        _warned_head_dims.add(head_dim)
-        warnings.warn(
-            f"attention: head_dim {head_dim} has no kernel (64, 128 and 256 have): using the reference, "
-            "which is slower",
-            stacklevel=3,
-        )
+    why = _why_reference(q)
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(f"attention: {why}: using the reference, which is slower", stacklevel=3)
     return reference.attention(
         q, k, v, q_start, kv_len, kv_start, k_base, scale=scale, softcap=softcap, window=window
     )

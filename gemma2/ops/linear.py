@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, accumulated in float32, rounded once.
 
     The package's kernel, or torch's product for many rows where that is faster on this machine and
-    dtype. With ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's
+    dtype; on CUDA devices torch's (cuBLAS), in every mode. On the CPU, with ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's
     bits do not depend on the other rows.
 
     Args:
@@ -58,6 +58,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
+    if x.is_cuda and weight.is_cuda:
+        return F.linear(x, weight)
     if _torch_is_faster(x, weight) and not torch.are_deterministic_algorithms_enabled():
         return F.linear(x, weight)
     return library.linear(x, weight)

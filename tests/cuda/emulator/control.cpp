@@ -26,6 +26,7 @@ void gemma2_emulator_add_region(const char* name, const void* p, int64_t rows, i
                                 int64_t stride, int access) {
   add_region(name, p, bytes, {{rows, stride}}, static_cast<Access>(access));
 }
+const char* gemma2_emulator_check_written(const char* kernel) { return check_written(kernel); }
 void gemma2_emulator_clear_regions() { clear_regions(); }
 
 }  // extern "C"

@@ -384,7 +384,7 @@ void access_as(int lane, const void* p, size_t bytes, Kind kind, const char* wra
   Thread& thread = r.threads[r.current->warp * kWarpSize + lane];
   Thread* const running = r.current;
   r.current = &thread;
-  check_access(thread, p, bytes, kind, running->site);
+  check_access(thread, p, bytes, kind, nullptr);  // the running thread's stack shows the line
   if (r.counting) note_access(thread, p, bytes, kind, wrapper, running->site, phase);
   r.current = running;
 }

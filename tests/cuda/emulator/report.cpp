@@ -53,10 +53,8 @@ std::string shortened(const std::string& file) {
   return file;
 }
 
-}  // namespace
-
 // The first line of a kernel file, that is the place the author of a kernel looks for.
-std::string line_of(void* site) {
+std::string find_line(void* site) {
   void* stack[64];
   int depth = 1;
   if (site != nullptr)
@@ -67,6 +65,15 @@ std::string line_of(void* site) {
     for (const Line& line : lines_of(stack[i]))
       if (ends_with(line.file, ".cu")) return shortened(line.file) + ":" + line.number;
   return "unknown line (is binutils' addr2line installed?)";
+}
+
+}  // namespace
+
+std::string line_of(void* site) {
+  static std::unordered_map<void*, std::string> known;  // threads of a deadlock wait at one place
+  if (site == nullptr) return find_line(site);
+  const auto found = known.find(site);
+  return found != known.end() ? found->second : known[site] = find_line(site);
 }
 
 }  // namespace gemma2::emulator

@@ -370,6 +370,7 @@ void meet(const char* what, unsigned lanes, void* data,
           void (*work)(void* const* data, unsigned lanes)) {
   Runtime& r = rt();
   Thread& me = *r.current;
+  me.site = __builtin_return_address(0);
   if (!(lanes >> me.lane & 1)) fault("%s: lane %d is not in its mask 0x%08x", what, me.lane, lanes);
   const int first = me.warp * kWarpSize;
   for (int l = 0; l < kWarpSize; ++l) {
