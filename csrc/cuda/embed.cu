@@ -1,12 +1,12 @@
 // embed: out[t, :] = weight[ids[t], :] * scale, in float32, rounded once (not at all where out is
 // float32).
 //
-// A block takes a token, a thread two packs of 16 bytes (of the wider of the two types), both loaded
-// before the first is used: 160 threads at hidden 2304 in bfloat16, 224 at 3584, 288 at 4608. Rows
-// that are not aligned to 16 bytes are moved element by element. Planned: 32 registers, 64 warps on
-// sm_80 and sm_90, 64 KB in flight. Bound by memory: sizeof(W) + sizeof(Out) bytes an element, each
-// moved once, and 8 bytes of id a block; for one token by latency, which is that of two loads in a
-// row. Called by csrc/bindings/embed.cpp.
+// A block takes a token, a thread two packs of 16 bytes (of the wider of the two types), both
+// loaded before the first is used: 160 threads at hidden 2304 in bfloat16, 224 at 3584, 288 at
+// 4608. Rows that are not aligned to 16 bytes are moved element by element. Planned: 32 registers,
+// 64 warps on sm_80 and sm_90, 64 KB in flight. Bound by memory: sizeof(W) + sizeof(Out) bytes an
+// element, each moved once, and 8 bytes of id a block; for one token by latency, which is that of
+// two loads in a row. Called by csrc/bindings/embed.cpp.
 
 #include "cuda/launch.h"
 #include "cuda/pack.h"
