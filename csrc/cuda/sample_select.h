@@ -2,10 +2,10 @@
 // the end of the shortest run of largest ones with a given weight.
 //
 // An element is a column with its score in one integer that orders elements by score and, of equal
-// scores, by column. What is kept is always "all elements >= a bar"; a bar is found by narrowing the
-// interval that contains it, one histogram of 128 bins a step: the first by the distance from the
-// largest score in key space, four bins an octave, which suits any scale; the next by equal parts.
-// Mostly two or three steps.
+// scores, by column. What is kept is always "all elements >= a bar"; a bar is found by narrowing
+// the interval that contains it, one histogram of 128 bins a step: the first by the distance from
+// the largest score in key space, four bins an octave, which suits any scale; the next by equal
+// parts. Mostly two or three steps.
 //
 // Weights are integers, and made from scores by integer arithmetic, so sums depend neither on the
 // order of additions (atomics serve) nor on the device.
@@ -65,9 +65,9 @@ struct One {
 // exp(score - largest) in units of 2^(column_bits - 62), so that a row's sum stays below 2^62;
 // smaller than a unit is 0. Relative error below 2e-9 (tests/cuda/test_counters_sample.py's tokens
 // are those of float64), and the same bits everywhere:
-//   d = largest - score = m 2^(e - 150),  y = d log2(e) in fixed point with 57 bits behind the point,
-//   exp(-d) = 2^-y = 2^g / 2^n,  n = ceil(y),  g = n - y,
-//   2^g - 1 = g q(g), q of degree 6 in 32-bit fixed point (interpolated at Chebyshev's points: 9e-10)
+//   d = largest - score = m 2^(e - 150),  y = d log2(e) in fixed point with 57 bits behind the
+//   point, exp(-d) = 2^-y = 2^g / 2^n,  n = ceil(y),  g = n - y, 2^g - 1 = g q(g), q of degree 6 in
+//   32-bit fixed point (interpolated at Chebyshev's points: 9e-10)
 struct Exponential {
   static constexpr bool kOne = false;
   Elements elements;
@@ -121,8 +121,7 @@ class Team {
   GEMMA2_DEVICE static int warps() { return static_cast<int>(blockDim.x) / kWarp; }
 
   GEMMA2_DEVICE uint64_t largest(uint64_t v) {
-    return reduce(v, shared_.whole[turn()],
-                  [](uint64_t a, uint64_t b) { return a > b ? a : b; });
+    return reduce(v, shared_.whole[turn()], [](uint64_t a, uint64_t b) { return a > b ? a : b; });
   }
   GEMMA2_DEVICE uint64_t sum(uint64_t v) {
     return reduce(v, shared_.whole[turn()], [](uint64_t a, uint64_t b) { return a + b; });
@@ -236,8 +235,8 @@ class Cut {
     return {elements, floor, largest_key, k, 0.0, elements.column_bits};
   }
   // Elements >= floor with this weight.
-  GEMMA2_DEVICE static Cut of_weight(const Elements& elements, uint64_t floor,
-                                     uint32_t largest_key, uint64_t weight) {
+  GEMMA2_DEVICE static Cut of_weight(const Elements& elements, uint64_t floor, uint32_t largest_key,
+                                     uint64_t weight) {
     return {elements, floor, largest_key, weight, 0.0, 0};
   }
   // Elements with this share of the weight of all >= floor.
@@ -306,10 +305,10 @@ class Cut {
         before_count += counts[i];
         part = i + 1;
       }
-    const uint64_t weight = part < 2 ? (part == 0 ? weights[0] : weights[1])
-                                     : (part == 2 ? weights[2] : weights[3]);
-    const uint32_t inside = part < 2 ? (part == 0 ? counts[0] : counts[1])
-                                     : (part == 2 ? counts[2] : counts[3]);
+    const uint64_t weight =
+        part < 2 ? (part == 0 ? weights[0] : weights[1]) : (part == 2 ? weights[2] : weights[3]);
+    const uint32_t inside =
+        part < 2 ? (part == 0 ? counts[0] : counts[1]) : (part == 2 ? counts[2] : counts[3]);
     // In a bin of one element it is the one; in a bin that is wanted whole, its end is the bar.
     const bool last = inside == 1 || before + weight == target_;
 
