@@ -2,11 +2,10 @@
 // already lost are left out (common/cache_slots.h).
 //
 // A thread takes a pack of 16 bytes (of the wider of the two types) of k and of v in one to four
-// heads of a token (cache_rows.h), two heads at a time, so four packs are in flight; widened or
-// rounded where the cache has another dtype, element by element where rows are not aligned. A token
-// that is not written costs its 24 bytes of positions. Planned: 40 registers, 48 warps on sm_80 and
-// sm_90, 96 KB in flight. Bound by memory: every byte moved once. Called by
-// csrc/bindings/cache_write.cpp.
+// heads of a token (cache_rows.h), two heads at a time, so four packs are in flight; element by
+// element where rows are not aligned. A token that is not written costs its 24 bytes of positions.
+// Planned: 64 registers, 32 warps on sm_80 and sm_90, 64 KB in flight. Bound by memory: every byte
+// moved once. Called by csrc/bindings/cache_write.cpp.
 
 #include "cuda/cache_rows.h"
 

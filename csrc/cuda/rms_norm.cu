@@ -10,12 +10,14 @@
 //   add_rms_norm   2 residual + 2 x + 2 h + 2 y   8: residual, x, post, pre
 //
 // Threads: one a pack up to 128 packs, one for two up to 1024 (2304 bf16: 160 threads, of which 144
-// have work; 3584: 224; 4608: 288), one for four up to 2048. Planned: rms_norm 40 registers, 48
-// warps on sm_80 and sm_90; add_rms_norm 64 registers, 32 warps, with 64 KB in flight while all of
-// them load. Bound by memory from some hundred rows on, by latency (load, two barriers, store)
-// below.
+// have work; 3584: 224; 4608: 288), one for four up to 2048. Planned at two packs: rms_norm 40
+// registers, 48 warps on sm_80 and sm_90; add_rms_norm 64 registers, 32 warps, with 128 KB in
+// flight when all of them load, half of it weights that the caches have. Bound by memory from some
+// hundred rows on, by latency (loads, one or two barriers, store) below. One block a row and no
+// loop over rows: the weights that a loop would keep in registers come from the first-level cache,
+// and a step of few rows has the shape of one of many.
 //
-// Other dtypes than the model's, rows that do not start at 16 bytes and longer ones are read twice
+// Other dtypes than the models', rows that do not start at 16 bytes and longer ones are read twice
 // by a kernel that takes one element at a time, in the same order of sums: alignment changes no
 // bit. Called by csrc/bindings/rms_norm.cpp.
 

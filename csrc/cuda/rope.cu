@@ -9,9 +9,11 @@
 // by element where rows are not aligned. In decode every head has threads of its own, and q, k, v
 // and the positions are all under way before the slot is known: one latency, not two.
 //
-// Planned: 64 registers, 32 warps on sm_80 and sm_90, 64 KB in flight. Bound by memory: every byte
-// of q, k and v moved once (of pads, which are not written, read), a row of angles once for all
-// heads of its token in a block; 3 FLOP an element. In decode bound by latency.
+// Planned: 80 registers, 24 warps on sm_80 and sm_90, 48 KB in flight. Bound by memory: every byte
+// of q, k and v moved once (of pads, which are not written, read); a row of angles comes from
+// memory once for all heads of its token, whose threads share a block, and from the first-level
+// cache once for four heads in prefill, for one or two in decode; 3 FLOP an element. In decode
+// bound by latency.
 //
 // One kernel for both: with a cache of k's own dtype the same code gives the same bits. Called by
 // csrc/bindings/rope.cpp.
