@@ -170,12 +170,12 @@ GEMMA2_DEVICE void mma_16x8x16<f16_t>(float (&d)[4], const uint32_t (&a)[4],
 // the rounded or the truncated number must make it.
 GEMMA2_DEVICE void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   twin::Product<float> mine = {d, a, b};
-  emulator::meet("mma_16x8x8_tf32", 0xffffffffu, &mine, twin::mma_16x8x8_tf32_all);
+  emulator::meet("mma_16x8x8<tf32>", 0xffffffffu, &mine, twin::mma_16x8x8_tf32_all);
 }
 // Sums that do not fit wrap.
 GEMMA2_DEVICE void mma_16x8x32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   twin::Product<int32_t> mine = {d, a, b};
-  emulator::meet("mma_16x8x32_s8", 0xffffffffu, &mine, twin::mma_16x8x32_s8_all);
+  emulator::meet("mma_16x8x32<s8>", 0xffffffffu, &mine, twin::mma_16x8x32_s8_all);
 }
 
 }  // namespace gemma2::cuda
