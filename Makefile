@@ -17,7 +17,7 @@ BUILD := $(PIP_INSTALL) --no-build-isolation
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint format emulator emulate mutations second-torch bench accuracy clean
+.PHONY: help demo test dev lint format emulator emulate cubins mutations second-torch bench accuracy clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,30 +52,40 @@ $(VENV)/.test-requirements: $(VENV)/.build-requirements
 
 # A process per core with a thread each: the tests' tensors are small. What threads may change is tested
 # with several, whatever OMP_NUM_THREADS says.
-test: $(VENV)/.test-requirements dev  ## All tests; PYTEST_ARGS="-k window -x" for some
+# tests/cuda is `make emulate` and `make cubins`.
+test: $(VENV)/.test-requirements dev  ## All tests but those of CUDA; PYTEST_ARGS="-k window -x" for some
 	OMP_NUM_THREADS=1 GEMMA2_TEST_TRANSFORMERS5=$(abspath $(VENV))/transformers5 \
-		$(BIN)/python -m pytest -n $(shell nproc) $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -n $(JOBS) --ignore tests/cuda $(PYTEST_ARGS)
 
+CXX_FILES := '*.cpp' '*.h' '*.cu'
 lint: $(VENV)/.test-requirements  ## ruff, mypy, clang-format
 	$(PIP_INSTALL) ruff==0.17.6 mypy==2.4.1 clang-format==19.1.7
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(CXX_FILES))
 
 format:  ## Rewrite the files as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files $(CXX_FILES))
 
 emulator: $(VENV)/.test-requirements  ## Build the CUDA kernels as host code, with the emulator that checks them
 	$(BIN)/python -m tests.cuda.emulation
 
-# The operators' contract tests on emulated CUDA kernels, and the tests of the emulator itself.
+# Without K: the tests of the emulator itself, the operators' contract tests and the users' cases on
+# emulated CUDA kernels, and the table of their counters.
 EMULATED := embed rms_norm rope cache_write geglu softcap sample
-emulate: emulator dev  ## CUDA kernels on the emulator; K=rms_norm for one operator's tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.cuda.backend -n $(JOBS) $(PYTEST_ARGS) \
-		$(foreach op,$(or $(K),$(EMULATED)),tests/ops/test_$(op).py)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+emulate: emulator dev  ## CUDA kernels on the emulator; K=rms_norm for one operator's tests and counters
+	$(if $(K),,$(PYTEST) tests/cuda --ignore tests/cuda/test_static.py --ignore tests/cuda/test_gpu_day.py)
+	$(PYTEST) -p tests.cuda.backend $(foreach op,$(or $(K),$(EMULATED)),tests/ops/test_$(op).py) \
+		$(if $(K),,tests/test_users.py)
+	$(BIN)/python -m tests.cuda.counters $(K)
+
+cubins: $(VENV)/.test-requirements dev  ## Registers, spills, occupancy and instructions of the CUDA binaries
+	$(PYTEST) tests/cuda/test_static.py tests/cuda/test_gpu_day.py tests/build/test_cuda_library.py
+	$(BIN)/python -m tests.cuda.static
 
 mutations: $(VENV)/.test-requirements dev  ## Break the model on purpose, one way at a time, and see the tests fail
 	$(BIN)/python -m tests.mutations

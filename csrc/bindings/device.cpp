@@ -15,14 +15,14 @@ const CudaKernels* cuda_kernels(bool for_cpu_tensors) {
   return (for_cpu_tensors ? for_cpu : for_cuda).load(std::memory_order_acquire);
 }
 
-// torch's half for CUDA is not linked, since this library must load without it; where there are CUDA
-// tensors, it is in the process.
+// torch's half for CUDA is not linked, since this library must load without it; where there are
+// CUDA tensors, it is in the process.
 void* current_cuda_stream(int32_t device) {
   using Get = int32_t (*)(int32_t, void**);
   static const Get get = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* found = torch_cuda == nullptr ? nullptr
-                                        : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    void* found =
+        torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
     return reinterpret_cast<Get>(found);
   }();
   void* stream = nullptr;

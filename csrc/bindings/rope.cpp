@@ -90,7 +90,8 @@ Tensor rope_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   const CacheWriteArguments cache =
       cache_arguments("rope_cache", k_cache, v_cache, k, v, q_start, kv_len, k_base);
   const RopeArguments arguments = rope_arguments("rope_cache", q, k, cos, sin, false);
-  run("rope_cache", q, [](const auto& kernels) { return kernels.rope_cache; }, arguments.params,
+  run(
+      "rope_cache", q, [](const auto& kernels) { return kernels.rope_cache; }, arguments.params,
       cache.params);
   return arguments.q_out;
 }

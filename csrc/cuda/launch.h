@@ -35,8 +35,8 @@ bool rows_of_16_bytes(const void* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride * sizeof(T) % 16 == 0;
 }
 
-// Runs kernel<<<grid, block, shared_bytes>>>(arguments...) on the call's stream. An empty grid is no
-// launch. `name` is what profilers' users and the emulator's reports see.
+// Runs kernel<<<grid, block, shared_bytes>>>(arguments...) on the call's stream. An empty grid is
+// no launch. `name` is what profilers' users and the emulator's reports see.
 template <typename... Parameters, typename... Arguments>
 void launch(CudaCall& call, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, const Arguments&... arguments) {
@@ -54,7 +54,7 @@ void launch(CudaCall& call, const char* name, void (*kernel)(Parameters...), dim
       return;
     }
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)> > >(
       static_cast<Parameters>(arguments)...);
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) call.error = cudaGetErrorString(status);

@@ -1,9 +1,10 @@
-// The machine under the kernels: memory accesses of a given width, warp and block primitives, tensor
-// cores, approximate functions. The only file with inline PTX.
+// The machine under the kernels: memory accesses of a given width, warp and block primitives,
+// tensor cores, approximate functions. The only file with inline PTX.
 //
-// Compiled for a host with GEMMA2_EMULATE, the same names come from tests/cuda/emulator, where every
-// wrapper has a twin written from the PTX manual that checks its arguments, too. So kernels use these
-// wrappers for whatever should be counted or has a meaning across threads, and plain C++ otherwise.
+// Compiled for a host with GEMMA2_EMULATE, the same names come from tests/cuda/emulator, where
+// every wrapper has a twin written from the PTX manual that checks its arguments, too. So kernels
+// use these wrappers for whatever should be counted or has a meaning across threads, and plain C++
+// otherwise.
 //
 // Fragment layouts: PTX ISA 9.0, "Matrix Fragments for mma.m16n8k16" and the sections beside it.
 #pragma once
@@ -47,9 +48,7 @@ GEMMA2_DEVICE uint4 load_once(const uint4* p) {
   return v;
 }
 
-GEMMA2_DEVICE void prefetch_l2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
+GEMMA2_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // The block's dynamic shared memory, as many bytes as the launch asked for. The type of the tile is
 // the layout.
@@ -151,13 +150,13 @@ GEMMA2_DEVICE T atomic_max(T* p, T v) {
 
 // ---- Numbers ----
 
-// 2^x: relative error at most 2^-22 (PTX ISA, ex2), 2^-126 and smaller become 0.
+// 2^x: within 2 ulp (PTX ISA, ex2); results below 2^-126 become 0.
 GEMMA2_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// tanh x: relative error at most 2^-11 (PTX ISA, tanh).
+// tanh x: relative error at most 2^-11 (PTX ISA, tanh), so it may pass 1 by that.
 GEMMA2_DEVICE float tanh_approx(float x) {
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -229,7 +228,8 @@ GEMMA2_DEVICE void ldmatrix(uint32_t (&r)[1], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
-// The same of the transposed matrices: lane l gets the elements (2 (l % 4), l / 4) and the one below.
+// The same of the transposed matrices: lane l gets the elements (2 (l % 4), l / 4) and the one
+// below.
 GEMMA2_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -252,16 +252,16 @@ GEMMA2_DEVICE void ldmatrix_transposed(uint32_t (&r)[1], const void* row) {
 // stmatrix: the way back, sm_90 and newer.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 GEMMA2_DEVICE void stmatrix(const uint32_t (&r)[4], void* row) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
 }
 GEMMA2_DEVICE void stmatrix(const uint32_t (&r)[2], void* row) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(
-                   shared_address(row)),
-               "r"(r[0]), "r"(r[1])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1])
+      : "memory");
 }
 GEMMA2_DEVICE void stmatrix(const uint32_t (&r)[1], void* row) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%0], {%1};" ::"r"(shared_address(row)),
@@ -275,16 +275,16 @@ GEMMA2_DEVICE void stmatrix_transposed(const uint32_t (&r)[4], void* row) {
                : "memory");
 }
 GEMMA2_DEVICE void stmatrix_transposed(const uint32_t (&r)[2], void* row) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
-                   shared_address(row)),
-               "r"(r[0]), "r"(r[1])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1])
+      : "memory");
 }
 GEMMA2_DEVICE void stmatrix_transposed(const uint32_t (&r)[1], void* row) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(
-                   shared_address(row)),
-               "r"(r[0])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(shared_address(row)),
+      "r"(r[0])
+      : "memory");
 }
 #endif
 

@@ -45,16 +45,18 @@ GEMMA2_EXPORT const gemma2::CudaKernels* gemma2_cuda_kernels() { return &gemma2:
 #ifndef GEMMA2_EMULATE
 GEMMA2_EXPORT const char* gemma2_cuda_trouble() {
   int driver = 0, runtime = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver is loaded";
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+    return "no NVIDIA driver is loaded";
   cudaRuntimeGetVersion(&runtime);
   if (driver / 1000 >= runtime / 1000) return nullptr;
   // Minor versions are compatible with each other, major ones are not (CUDA Compatibility guide).
   static char text[160];
-  snprintf(text, sizeof text,
-           "the driver serves CUDA %d.%d, and these kernels were built with CUDA %d.%d: driver %s or "
-           "newer is wanted",
-           driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10,
-           runtime / 1000 >= 13 ? "580" : "525");
+  snprintf(
+      text, sizeof text,
+      "the driver serves CUDA %d.%d, and these kernels were built with CUDA %d.%d: driver %s or "
+      "newer is wanted",
+      driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10,
+      runtime / 1000 >= 13 ? "580" : "525");
   return text;
 }
 #endif

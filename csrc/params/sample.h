@@ -9,7 +9,7 @@ namespace gemma2 {
 struct SampleParams {
   const void* logits;  // [batch, vocab], rows `logits_stride` elements apart, vocab < 2^31
   const int64_t*
-      history;   // [batch, history_length] dense, entries < vocab, those < 0 are ignored; or null
+      history;  // [batch, history_length] dense, entries < vocab, those < 0 are ignored; or null
   const int64_t* step;  // a scalar
   int64_t* out;         // [batch]: a token, or one of the numbers below
   int64_t batch, vocab, logits_stride, history_length;

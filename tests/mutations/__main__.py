@@ -46,7 +46,7 @@ def build(isa: str, jobs: int) -> None:
     for command in (
         [
             cmake(), "-S", str(ROOT), "-B", str(BUILD), *generator,
-            "-DGEMMA2_TEST_MUTATIONS=ON", f"-DGEMMA2_ISAS={isa}",
+            "-DGEMMA2_TEST_MUTATIONS=ON", "-DGEMMA2_CUDA=OFF", f"-DGEMMA2_ISAS={isa}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={LIBRARIES}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ],

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 #include <sstream>
+#include <unordered_set>
 
 #include "cuda/emulator/runtime.h"
 
@@ -42,7 +43,7 @@ void finish_shared(const Request& q, Counters& c) {
   }
 }
 
-void finish_global(const Request& q, Counters& c) {
+void finish_global(const Request& q, Counters& c, std::unordered_set<uintptr_t>& of_block) {
   Counters::Traffic& traffic = q.kind == Kind::read ? c.global_read : c.global_write;
   std::set<uintptr_t> sectors;
   for (int l = 0; l < kWarpSize; ++l) {
@@ -53,6 +54,8 @@ void finish_global(const Request& q, Counters& c) {
   }
   ++traffic.requests;
   traffic.sectors += static_cast<int64_t>(sectors.size());
+  for (uintptr_t sector : sectors)
+    if (of_block.insert(sector).second) ++traffic.distinct;
 }
 
 template <typename Map, typename F>
@@ -101,11 +104,12 @@ void note_access(const Thread& thread, const void* p, size_t bytes, Kind kind, c
 
 void finish_block_counters() {
   Runtime& r = rt();
+  std::unordered_set<uintptr_t> read, written;
   for (const auto& [key, q] : r.requests)
     if (q.shared)
       finish_shared(q, *r.counting);
     else
-      finish_global(q, *r.counting);
+      finish_global(q, *r.counting, q.kind == Kind::read ? read : written);
   r.requests.clear();
   for (Thread& t : r.threads) t.visits.clear();
 }
@@ -115,7 +119,7 @@ std::string counters_json() {
   const auto number = [&](int64_t n) { out << n; };
   const auto traffic = [&](const char* name, const Counters::Traffic& t) {
     out << ", \"" << name << "\": {\"bytes\": " << t.bytes << ", \"requests\": " << t.requests
-        << ", \"sectors\": " << t.sectors << "}";
+        << ", \"sectors\": " << t.sectors << ", \"distinct\": " << t.distinct << "}";
   };
   write_object(out, rt().counters, [&](const Counters& c) {
     out << "{\"launches\": " << c.launches << ", \"blocks\": " << c.blocks

@@ -1,5 +1,5 @@
-// What csrc/cuda/ptx.h is on a host: the same names, each a twin that checks and counts. Shuffles and
-// memory are here; tensor cores and approximate functions are in twins.h.
+// What csrc/cuda/ptx.h is on a host: the same names, each a twin that checks and counts. Shuffles
+// and memory are here; tensor cores and approximate functions are in twins.h.
 #pragma once
 
 #include <math.h>
@@ -59,7 +59,9 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
+// Within 2 ulp; of a divisor beyond 2^126 it is the product with 0 (CUDA C++ Programming Guide,
+// table of intrinsic functions).
+inline float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f ? a * 0.0f : a / b; }
 
 namespace gemma2::cuda {
 
@@ -129,8 +131,8 @@ GEMMA2_DEVICE void fence_device() { emulator::device_fence(); }
 namespace twin {
 
 struct Shuffle {
-  uint64_t value;   // what this lane gives
-  int source;       // the lane it wants
+  uint64_t value;  // what this lane gives
+  int source;      // the lane it wants
   uint64_t result;
 };
 inline void shuffle_all(void* const* data, unsigned lanes) {

@@ -1,16 +1,16 @@
 // The emulator's interface: what device.h (the names that kernels use) and the twins of PTX
 // instructions build on. Tests only, never installed.
 //
-// A launch runs its blocks one after the other in a random, seeded order; the threads of a block are
-// fibers of one system thread, each of which runs until it must wait for others. Whatever runs
+// A launch runs its blocks one after the other in a random, seeded order; the threads of a block
+// are fibers of one system thread, each of which runs until it must wait for others. Whatever runs
 // between two waits runs in a random order of threads (or in a chosen one: Order).
 //
 // Kernels are compiled with -fsanitize=thread, whose hooks (hooks.cpp) report every access to
-// memory; the wrappers of device.h report theirs with their width as the hardware sees it. An access
-// is checked against what the operator may touch (global regions, given by operators.cpp per call;
-// shared memory of the block), for alignment, for reading what was never written, and for races:
-// two accesses to a byte, one a write, by threads of a block that no barrier orders, or by two
-// blocks of a launch.
+// memory; the wrappers of device.h report theirs with their width as the hardware sees it. An
+// access is checked against what the operator may touch (global regions, given by operators.cpp per
+// call; shared memory of the block), for alignment, for reading what was never written, and for
+// races: two accesses to a byte, one a write, by threads of a block that no barrier orders, or by
+// two blocks of a launch.
 //
 // A fault ends the launch: emulator::launch gives its text, with kernel, block, thread and line.
 #pragma once
@@ -101,7 +101,7 @@ int lane();  // of the thread in its warp, 0 to 31
 
 // ---- Shared memory ----
 
-void* dynamic_shared_memory(size_t bytes);               // fault if the launch has fewer
+void* dynamic_shared_memory(size_t bytes);  // fault if the launch has fewer
 void* static_shared_memory(const void* key, size_t bytes, size_t alignment);  // one a key and block
 bool is_shared(const void* p);
 

@@ -23,18 +23,14 @@ using gemma2::emulator::plain;
 
 extern "C" {
 
-#define GEMMA2_HOOKS(bytes)                                                           \
-  void __tsan_read##bytes(void* p) {                                                  \
-    plain(p, bytes, Kind::read, __builtin_return_address(0));                         \
-  }                                                                                   \
-  void __tsan_write##bytes(void* p) {                                                 \
-    plain(p, bytes, Kind::write, __builtin_return_address(0));                        \
-  }                                                                                   \
-  void __tsan_unaligned_read##bytes(void* p) {                                        \
-    plain(p, bytes, Kind::read, __builtin_return_address(0));                         \
-  }                                                                                   \
-  void __tsan_unaligned_write##bytes(void* p) {                                       \
-    plain(p, bytes, Kind::write, __builtin_return_address(0));                        \
+#define GEMMA2_HOOKS(bytes)                                                                        \
+  void __tsan_read##bytes(void* p) { plain(p, bytes, Kind::read, __builtin_return_address(0)); }   \
+  void __tsan_write##bytes(void* p) { plain(p, bytes, Kind::write, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##bytes(void* p) {                                                     \
+    plain(p, bytes, Kind::read, __builtin_return_address(0));                                      \
+  }                                                                                                \
+  void __tsan_unaligned_write##bytes(void* p) {                                                    \
+    plain(p, bytes, Kind::write, __builtin_return_address(0));                                     \
   }
 GEMMA2_HOOKS(1)
 GEMMA2_HOOKS(2)

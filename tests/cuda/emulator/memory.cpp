@@ -39,7 +39,7 @@ std::string described(const char* p) {
   const Region* nearest = nullptr;
   int64_t distance = INT64_MAX;
   for (const Region& region : rt().regions) {
-    const int64_t d = p < region.base                   ? region.base - p
+    const int64_t d = p < region.base                    ? region.base - p
                       : p >= region.base + region.extent ? p - region.base - region.extent
                                                          : 0;
     if (d < distance) distance = d, nearest = &region;
@@ -103,8 +103,9 @@ void check_cell(Cell& cell, const Thread& thread, Kind kind, size_t bytes, const
   Runtime& r = rt();
   if (cell.pending)
     bad_access(kind, bytes,
-               spot.name() + ": an asynchronous copy to it is under way: copy_async_wait is missing "
-                             "or waits for too few groups",
+               spot.name() +
+                   ": an asynchronous copy to it is under way: copy_async_wait is missing "
+                   "or waits for too few groups",
                site);
   if (kind != Kind::write && !cell.initialised)
     bad_access(kind, bytes, spot.name() + ": never written", site);
@@ -193,7 +194,8 @@ bool in_image(const char* p) {
   return query.found;
 }
 
-// Whether all of [offset, offset + bytes) belongs to the launch's dynamic memory or a static object.
+// Whether all of [offset, offset + bytes) belongs to the launch's dynamic memory or a static
+// object.
 bool shared_exists(size_t offset, size_t bytes) {
   Runtime& r = rt();
   if (offset + bytes <= r.dynamic_bytes) return true;

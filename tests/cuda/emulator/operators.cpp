@@ -73,10 +73,10 @@ void rope_regions(const RopeParams& p) {
   heads("q", p.q, p.batch, p.q_heads, p.length, p.head_dim, p.q_strides, p.dtype, Access::read);
   heads("k", p.k, p.batch, p.kv_heads, p.length, p.head_dim, p.k_strides, p.dtype, Access::read);
   for (const auto& [name, table] : {std::pair{"cos", p.cos}, std::pair{"sin", p.sin}})
-    add_region(name, table, half * 4,
-               {{p.table_batch_stride == 0 ? 1 : p.batch, p.table_batch_stride * 4},
-                {p.length, half * 4}},
-               Access::read);
+    add_region(
+        name, table, half * 4,
+        {{p.table_batch_stride == 0 ? 1 : p.batch, p.table_batch_stride * 4}, {p.length, half * 4}},
+        Access::read);
   heads("q_out", p.q_out, p.batch, p.q_heads, p.length, p.head_dim, p.q_out_strides, p.dtype,
         Access::write);
   if (p.k_out != nullptr)
@@ -137,8 +137,7 @@ void sample(const SampleParams& p, CudaCall& call) {
   integers("history", p.history, p.batch * p.history_length);
   integers("step", p.step, 1);
   add_region("out", p.out, p.batch * 8, {}, Access::write);
-  add_region("scratch", call.scratch, sample_scratch_bytes(p.batch, p.vocab), {},
-             Access::scratch);
+  add_region("scratch", call.scratch, sample_scratch_bytes(p.batch, p.vocab), {}, Access::scratch);
   run("sample", call, [&](const CudaKernels& kernels) { kernels.sample(p, call); });
 }
 

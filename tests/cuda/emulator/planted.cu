@@ -89,8 +89,8 @@ struct Matrix {
   alignas(16) uint16_t at[16][64];  // rows of 128 bytes: all banks
 };
 
-// A 16x64 tile in shared memory, its 16-byte pieces exchanged by row so that a column of pieces lies
-// in different banks; piece c of row r stands at c ^ (r & 7). Only the even pieces are filled.
+// A 16x64 tile in shared memory, its 16-byte pieces exchanged by row so that a column of pieces
+// lies in different banks; piece c of row r stands at c ^ (r & 7). Only the even pieces are filled.
 __global__ void swizzled(const uint16_t* x, uint32_t* out, bool bug) {
   Matrix& tile = static_shared<Matrix>();
   const int lane = threadIdx.x;
@@ -272,10 +272,12 @@ extern "C" const char* gemma2_planted(const char* name, void* a, void* b, void* 
   const auto is = [&](const char* wanted) { return strcmp(name, wanted) == 0; };
   const auto in = static_cast<const float*>(a);
   const auto out = static_cast<float*>(b);
-  if (is("reverse")) launch(call, name, reverse, 1, kThreads, 0, in, out, bug);
+  if (is("reverse"))
+    launch(call, name, reverse, 1, kThreads, 0, in, out, bug);
   else if (is("exchange_between_warps"))
     launch(call, name, exchange_between_warps, 1, kThreads, sizeof(Tile), in, out, bug);
-  else if (is("stream")) launch(call, name, stream, 1, kThreads, sizeof(Stages), in, out, bug);
+  else if (is("stream"))
+    launch(call, name, stream, 1, kThreads, sizeof(Stages), in, out, bug);
   else if (is("refill_too_early"))
     launch(call, name, refill_too_early, 1, kThreads, sizeof(Stages), in, out, bug);
   else if (is("swizzled"))
@@ -284,22 +286,30 @@ extern "C" const char* gemma2_planted(const char* name, void* a, void* b, void* 
   else if (is("product"))
     launch(call, name, product, 1, kWarp, 0, static_cast<const uint16_t*>(a),
            static_cast<const uint16_t*>(b), static_cast<float*>(c), bug);
-  else if (is("past_the_tile")) launch(call, name, past_the_tile, 1, kThreads, 0, in, out, bug);
-  else if (is("past_the_tensor")) launch(call, name, past_the_tensor, 2, kThreads, 0, in, out, bug);
+  else if (is("past_the_tile"))
+    launch(call, name, past_the_tile, 1, kThreads, 0, in, out, bug);
+  else if (is("past_the_tensor"))
+    launch(call, name, past_the_tensor, 2, kThreads, 0, in, out, bug);
   else if (is("before_the_tensor"))
     launch(call, name, before_the_tensor, 1, kThreads, 0, in, out, bug);
-  else if (is("never_zeroed")) launch(call, name, never_zeroed, 1, kThreads, 0, in, out, bug);
-  else if (is("sum_of_blocks")) launch(call, name, sum_of_blocks, 2, kThreads, 0, in, out, bug);
+  else if (is("never_zeroed"))
+    launch(call, name, never_zeroed, 1, kThreads, 0, in, out, bug);
+  else if (is("sum_of_blocks"))
+    launch(call, name, sum_of_blocks, 2, kThreads, 0, in, out, bug);
   else if (is("count_of_blocks"))
     launch(call, name, count_of_blocks, 5, kThreads, 0, static_cast<int*>(b), bug);
-  else if (is("misaligned")) launch(call, name, misaligned, 1, 16, 0, in, out, bug);
-  else if (is("shuffle_inactive")) launch(call, name, shuffle_inactive, 1, kWarp, 0, in, out, bug);
+  else if (is("misaligned"))
+    launch(call, name, misaligned, 1, 16, 0, in, out, bug);
+  else if (is("shuffle_inactive"))
+    launch(call, name, shuffle_inactive, 1, kWarp, 0, in, out, bug);
   else if (is("shuffle_after_the_end"))
     launch(call, name, shuffle_after_the_end, 1, kWarp, 0, in, out, bug);
   else if (is("barrier_in_a_branch"))
     launch(call, name, barrier_in_a_branch, 1, kThreads, 0, in, out, bug);
-  else if (is("handover")) launch(call, name, handover, 1, kThreads, 0, in, out, bug);
-  else if (is("output_left_out")) launch(call, name, output_left_out, 1, kThreads, 0, in, out, bug);
+  else if (is("handover"))
+    launch(call, name, handover, 1, kThreads, 0, in, out, bug);
+  else if (is("output_left_out"))
+    launch(call, name, output_left_out, 1, kThreads, 0, in, out, bug);
   else if (is("writes_its_input"))
     launch(call, name, writes_its_input, 1, kThreads, 0, static_cast<float*>(a), out, bug);
   else if (is("layout_too_large"))

@@ -33,7 +33,8 @@ std::vector<Line> lines_of(void* address) {
     std::string text = buffer;
     text = text.substr(0, text.find_first_of(" \n"));  // without "(discriminator 3)"
     const size_t colon = text.rfind(':');
-    if (colon != std::string::npos) lines.push_back({text.substr(0, colon), text.substr(colon + 1)});
+    if (colon != std::string::npos)
+      lines.push_back({text.substr(0, colon), text.substr(colon + 1)});
   }
   pclose(pipe);
   return lines;

@@ -1,5 +1,5 @@
-// The emulator's state: one launch, one block, its threads. One system thread runs it all; tests run
-// in parallel as processes, so that a seed always gives the same order.
+// The emulator's state: one launch, one block, its threads. One system thread runs it all; tests
+// run in parallel as processes, so that a seed always gives the same order.
 #pragma once
 
 #include <stdint.h>
@@ -52,9 +52,9 @@ struct Thread {
 
 // Threads that wait for each other at one place.
 struct Meeting {
-  std::vector<int> threads;  // arrived
-  int wanted = 0;            // how many are
-  std::vector<char> waits;   // of those arrived: waits, or has gone on
+  std::vector<int> threads;      // arrived
+  int wanted = 0;                // how many are
+  std::vector<char> waits;       // of those arrived: waits, or has gone on
   std::vector<uint32_t> epochs;  // of those arrived, then
 
   void add(const Thread& t, bool wait) {
@@ -103,6 +103,7 @@ struct Counters {
   std::map<std::string, int64_t> instructions;  // by wrapper, a thread each
   struct Traffic {
     int64_t bytes = 0, requests = 0, sectors = 0;
+    int64_t distinct = 0;  // sectors, each once a block: what a first-level cache lets through
   };
   Traffic global_read, global_write;
   std::map<std::string, int64_t> region_read, region_written;  // bytes
@@ -137,7 +138,7 @@ struct Runtime {
   const void* frame = nullptr;
   size_t frame_bytes = 0;
   void (*entry)(const void*) = nullptr;
-  std::string text;      // the fault
+  std::string text;  // the fault
   bool failed = false;
   Counters* counting = nullptr;
   uint64_t random = 0;
@@ -152,7 +153,7 @@ struct Runtime {
   std::vector<uint64_t> ready;  // one bit a thread
   int live = 0;
   uint32_t epoch = 0;
-  std::vector<uint32_t> seen_by_all;  // since the last barrier of the block: thread -> epoch
+  std::vector<uint32_t> seen_by_all;        // since the last barrier of the block: thread -> epoch
   std::vector<std::vector<uint32_t>> view;  // of a thread, beyond seen_by_all
   std::vector<char> has_view, wide_view;    // wide: of other warps, too
   Meeting barrier;

@@ -133,7 +133,8 @@ void barrier_of_some_completes(const Meeting& m, bool narrow) {
     uint32_t joined[kWarpSize] = {};
     for (int t : threads) {
       if (r.has_view[t])
-        for (int a = first; a < last; ++a) joined[a - first] = std::max(joined[a - first], r.view[t][a]);
+        for (int a = first; a < last; ++a)
+          joined[a - first] = std::max(joined[a - first], r.view[t][a]);
     }
     for (size_t i = 0; i < threads.size(); ++i)
       joined[threads[i] - first] = std::max(joined[threads[i] - first], m.epochs[i]);
@@ -345,7 +346,8 @@ void named_barrier(int id, int threads, bool wait) {
 void warp_barrier(unsigned lanes) {
   Runtime& r = rt();
   Thread& me = *r.current;
-  if (!(lanes >> me.lane & 1)) fault("sync_warp: lane %d is not in its mask 0x%08x", me.lane, lanes);
+  if (!(lanes >> me.lane & 1))
+    fault("sync_warp: lane %d is not in its mask 0x%08x", me.lane, lanes);
   if (r.counting) ++r.counting->instructions["sync_warp"];
   Meeting& m = r.warp_barriers[me.warp][lanes];
   m.add(me, true);
@@ -387,7 +389,8 @@ void meet(const char* what, unsigned lanes, void* data,
   for (WarpMeeting& other : meetings) {
     if (!(other.lanes >> me.lane & 1)) continue;
     if (std::string(other.what) != what)
-      fault("%s: lanes 0x%08x of the warp wait for this one at %s", what, other.arrived, other.what);
+      fault("%s: lanes 0x%08x of the warp wait for this one at %s", what, other.arrived,
+            other.what);
     if (other.lanes != lanes)
       fault("%s: the mask is 0x%08x, but lanes 0x%08x say 0x%08x", what, lanes, other.arrived,
             other.lanes);
