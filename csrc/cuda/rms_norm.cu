@@ -76,7 +76,8 @@ GEMMA2_DEVICE RowPacks<T, kCount, kPacks> load_row(const T* row, int hidden) {
 }
 
 template <typename X, typename W, int kPacks>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p, float inverse_hidden) {
+__global__ void __launch_bounds__(kThreads, kPacks <= 2 ? 3 : 1)
+    rms_norm_kernel(RmsNormParams p, float inverse_hidden) {
   constexpr int kCount = pack_count<X, W>();
   const int64_t row = blockIdx.x;
   const int hidden = static_cast<int>(p.hidden);
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p, flo
 }
 
 template <typename R, typename X, typename W, int kPacks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPacks <= 2 ? 2 : 1)
     add_rms_norm_kernel(AddRmsNormParams p, float inverse_hidden) {
   constexpr int kCount = pack_count<R, X, W>();
   const int64_t row = blockIdx.x;
