@@ -27,6 +27,7 @@ class Case(NamedTuple):
     what: str
     least: int  # bytes
     call: Callable[[], object]
+    written: tuple[Tensor, ...] = ()  # in place
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -51,7 +52,8 @@ def cases() -> Iterator[Case]:
         "add_rms_norm",
         f"{ROWS} x {hidden}",
         4 * _bytes(x) + _bytes(post, pre),
-        lambda: ops.add_rms_norm_(h.clone(), x, post, pre),
+        lambda: ops.add_rms_norm_(h, x, post, pre),
+        (h,),
     )
 
     def projected(heads: int) -> Tensor:
@@ -68,12 +70,14 @@ def cases() -> Iterator[Case]:
         shape,
         2 * _bytes(q, k, v) + _bytes(cos, sin, start, end),
         lambda: ops.rope_cache(q, k, v, cos, sin, *caches, start, end),
+        tuple(caches),
     )
     yield Case(
         "cache_write",
         f"{ROWS} x 4 x 256",
         2 * _bytes(k, v) + _bytes(start, end),
         lambda: ops.cache_write(*caches, k, v, start, end),
+        tuple(caches),
     )
     gate, up = torch.randn(2, ROWS, width).to(BF16)
     yield Case("geglu", f"{ROWS} x {width}", 3 * _bytes(gate), lambda: ops.geglu(gate, up))

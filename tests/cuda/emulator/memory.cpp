@@ -26,12 +26,19 @@ int64_t offset_in(const Region& region, const char* p, int64_t bytes) {
   return rest + bytes <= region.bytes ? offset : -1;
 }
 
-const Region* region_of(const char* p, int64_t bytes, int64_t* offset) {
-  for (const Region& region : rt().regions) {
-    *offset = offset_in(region, p, bytes);
-    if (*offset >= 0) return &region;
+// Tensors of a call may be the same memory: who writes means the one that is written.
+Region* region_of(const char* p, int64_t bytes, Kind kind, int64_t* offset) {
+  Region* found = nullptr;
+  for (Region& region : rt().regions) {
+    const int64_t at = offset_in(region, p, bytes);
+    if (at < 0) continue;
+    if (found == nullptr || found->access == Access::read) {
+      *offset = at;
+      found = &region;
+    }
+    if (kind == Kind::read || found->access != Access::read) break;
   }
-  return nullptr;
+  return found;
 }
 
 // What the region nearest to a wild pointer is called.
@@ -228,11 +235,8 @@ void add_region(const char* name, const void* p, int64_t bytes,
   if (empty) return;
   std::sort(region.dimensions.begin(), region.dimensions.end(),
             [](const Dimension& a, const Dimension& b) { return a.stride > b.stride; });
-  if (access != Access::read) {
-    region.cells.resize(region.extent);
-    if (access == Access::read_write)
-      for (Cell& cell : region.cells) cell.initialised = true;
-  }
+  if (access != Access::read)
+    region.pages.resize((region.extent + Region::kPage - 1) / Region::kPage);
   r.regions.push_back(std::move(region));
 }
 
@@ -240,10 +244,10 @@ void clear_regions() { rt().regions.clear(); }
 
 const char* check_written(const char* kernel) {
   Runtime& r = rt();
-  for (const Region& region : r.regions) {
+  for (Region& region : r.regions) {
     if (region.access != Access::write) continue;
     for (int64_t i = 0; i < region.extent; ++i) {
-      if (region.cells[i].initialised || offset_in(region, region.base + i, 1) < 0) continue;
+      if (region.cell(i).initialised || offset_in(region, region.base + i, 1) < 0) continue;
       r.text = std::string("kernel ") + kernel + ": " + region.name + " + " + std::to_string(i) +
                " bytes has not been written";
       return r.text.c_str();
@@ -257,7 +261,7 @@ Where where_is(const void* address, const Region** region) {
   const char* p = static_cast<const char*>(address);
   if (p >= r.shared.data() && p < r.shared.data() + r.shared.size()) return Where::shared;
   int64_t offset;
-  *region = region_of(p, 1, &offset);
+  *region = region_of(p, 1, Kind::read, &offset);
   return *region != nullptr ? Where::global : Where::other;
 }
 
@@ -275,8 +279,7 @@ void begin_block_memory() {
     r.shared_cells.resize(kSharedBytes + 128);
     r.shared_used = r.shared.size();  // all of it is poisoned the first time
   }
-  // What the last block wrote, which is more than hardware would forget.
-  memset(r.shared.data(), kPoisonByte, r.shared_used);
+  memset(r.shared.data(), kPoisonByte, std::min(r.shared.size(), r.shared_used + 128));
   std::fill_n(r.shared_cells.begin(), r.shared_used, Cell{});
   r.shared_used = r.dynamic_bytes;
   r.pieces.clear();
@@ -343,7 +346,7 @@ void check_access(const Thread& thread, const void* address, size_t bytes, Kind 
     return;
   }
   int64_t offset;
-  const Region* region = region_of(p, static_cast<int64_t>(bytes), &offset);
+  Region* region = region_of(p, static_cast<int64_t>(bytes), kind, &offset);
   if (region == nullptr) {
     if (kind == Kind::read && in_image(p)) return;  // a constant of the program
     bad_access(kind, bytes, described(p) + ": out of bounds", site);
@@ -355,9 +358,8 @@ void check_access(const Thread& thread, const void* address, size_t bytes, Kind 
     if (kind != Kind::read) bad_access(kind, bytes, region->name + " is only read", site);
     return;
   }
-  Region& writable = const_cast<Region&>(*region);
   for (size_t i = 0; i < bytes; ++i)
-    check_cell(writable.cells[offset + i], thread, kind, bytes, {region, offset + i}, site);
+    check_cell(region->cell(offset + i), thread, kind, bytes, {region, offset + i}, site);
 }
 
 void read_memory(void* value, const void* p, size_t bytes, const char* wrapper) {

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include <map>
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -94,8 +95,19 @@ struct Region {
   std::vector<Dimension> dimensions;  // from the largest stride
   int64_t extent;                     // bytes from base to the end of the last piece
   Access access;
-  std::vector<Cell> cells;  // of writable regions: one a byte of the extent
-  int64_t read_bytes = 0, written_bytes = 0;
+  // Of writable regions, one cell a byte of the extent; a page of them is made when it is touched.
+  std::vector<std::unique_ptr<std::vector<Cell>>> pages;
+
+  static constexpr int64_t kPage = 4096;
+  Cell& cell(int64_t offset) {
+    std::unique_ptr<std::vector<Cell>>& page = pages[offset / kPage];
+    if (page == nullptr) {
+      Cell fresh;
+      fresh.initialised = access == Access::read_write;
+      page = std::make_unique<std::vector<Cell>>(kPage, fresh);
+    }
+    return (*page)[offset % kPage];
+  }
 };
 
 struct Counters {
