@@ -26,7 +26,8 @@ def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
 
     Raises:
         ValueError: ids is not int64 or holds a value outside ``[0, V)``, weight is not a matrix of
-            a float dtype with dense rows, or scale is not finite.
+            a float dtype with dense rows, or scale is not finite. (On a CUDA device an id outside
+            the table stops the kernel instead: to see it here, the host would have to wait.)
     """
     return library.embed(ids, weight, scale)
 

@@ -50,11 +50,14 @@ def sample(
         repetition_penalty: positive; 1 is none.
 
     Returns:
-        int64 ``[B]``.
+        int64 ``[B]``. On a CUDA device, where an error would have to wait for the device, a row of
+        logits that is at fault gives -1 (it has NaN or +inf) or -2 (it has nothing above -inf).
 
     Raises:
         ValueError: an argument is outside its range, a shape or dtype does not fit, a history entry
             is not below V, or a row of logits has NaN, +inf, or nothing above -inf.
+            (On a CUDA device the last is in the result, and a history entry out of range stops the
+            kernel.)
     """
     return library.sample(
         logits, history, seed, step, temperature, top_k, top_p, min_p, repetition_penalty
