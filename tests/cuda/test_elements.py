@@ -51,6 +51,8 @@ def test_alignment_changes_no_bit_of_a_norm(dtype, weight_dtype, hidden):
 def test_alignment_changes_no_bit(dtype):
     gate, up = torch.randn(2, 3, 320).to(dtype)
     assert torch.equal(ops.geglu(shifted(gate), up), ops.geglu(gate, up))
+    logits = 60 * torch.randn(4001).to(dtype)
+    assert torch.equal(ops.softcap(logits[1:], 30.0), ops.softcap(logits[1:].clone(), 30.0))
     ids = torch.tensor([2, 0, 2])
     assert torch.equal(ops.embed(ids, shifted(gate), 7.3), ops.embed(ids, gate, 7.3))
     q, k = torch.randn(2, 2, 3, 4, 64).to(dtype)
