@@ -17,7 +17,7 @@ BUILD := $(PIP_INSTALL) --no-build-isolation
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint format emulator emulate cubins mutations second-torch bench accuracy clean
+.PHONY: help demo test dev lint format emulator emulate cubins mutations second-torch bench gpu accuracy clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -95,6 +95,12 @@ second-torch: dev  ## Run the operator tests of this build on another torch
 
 bench: $(VENV)/.test-requirements dev  ## Benchmarks against peers; OP=attention for one
 	$(BIN)/python -m benchmarks.runner $(OP)
+
+# Without the virtual environment and without a network: the Python that has torch for CUDA.
+PART ?=
+GPU_ARGS ?=
+gpu:  ## Tests, sanitizers and benchmarks on a GPU; PART=tests, sanitize or bench for one
+	$(PYTHON) -m tests.cuda.gpu_day $(addprefix --part ,$(PART)) $(GPU_ARGS)
 
 accuracy: $(VENV)/.test-requirements dev  ## Our error and transformers' against float64, as a table
 	$(BIN)/python -m benchmarks.accuracy

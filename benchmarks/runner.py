@@ -196,7 +196,8 @@ def run_benchmark(
             row = run_case(module, case, seconds, device, graph, without, copy)
         except Exception as error:
             # An operator without a kernel for the device is no fault of the kernels there are.
-            outcome = "not run" if isinstance(error, NotImplementedError) else "failed"
+            missing = isinstance(error, NotImplementedError) or "is no CUDA kernel" in str(error)
+            outcome = "not run" if missing else "failed"
             out.add(**words, outcome=outcome, why=first_line(error))
             if not keep_going:
                 raise
