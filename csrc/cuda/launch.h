@@ -54,8 +54,10 @@ void launch(CudaCall& call, const char* name, void (*kernel)(Parameters...), dim
       return;
     }
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)> > >(
+  // clang-format off: it takes >>> for three brackets
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(
       static_cast<Parameters>(arguments)...);
+  // clang-format on
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) call.error = cudaGetErrorString(status);
 #endif

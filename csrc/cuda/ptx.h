@@ -11,6 +11,8 @@
 
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "common/dtype.h"
 
 #ifdef GEMMA2_EMULATE
@@ -28,14 +30,41 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- Memory ----
 
+GEMMA2_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // One access of sizeof(T) bytes, global or shared: T is 1, 2, 4, 8 or 16 bytes wide and aligned.
 template <typename T>
 GEMMA2_DEVICE T load(const T* p) {
   return *p;
 }
+// In PTX where it is wide, since the compiler may split a struct's assignment into its members. Which
+// space it is, is mostly known at compile time.
 template <typename T>
 GEMMA2_DEVICE void store(T* p, T value) {
-  *p = value;
+  if constexpr (sizeof(T) == 16) {
+    const uint4 v = *reinterpret_cast<const uint4*>(&value);
+    if (__isShared(p))
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.x),
+                   "r"(v.y), "r"(v.z), "r"(v.w)
+                   : "memory");
+    else
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                   "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                   : "memory");
+  } else if constexpr (std::is_same_v<T, uint2> || std::is_same_v<T, float2>) {
+    const uint2 v = *reinterpret_cast<const uint2*>(&value);
+    if (__isShared(p))
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared_address(p)), "r"(v.x), "r"(v.y)
+                   : "memory");
+    else
+      asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x),
+                   "r"(v.y)
+                   : "memory");
+  } else {
+    *p = value;
+  }
 }
 
 // 16 bytes of global memory that no one writes during the kernel and that will not be read again
@@ -62,10 +91,6 @@ template <typename T>
 GEMMA2_DEVICE T& static_shared() {
   __shared__ T storage;
   return storage;
-}
-
-GEMMA2_DEVICE uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 // ---- Copies that do not wait ----

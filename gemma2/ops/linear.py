@@ -45,8 +45,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, accumulated in float32, rounded once.
 
     The package's kernel, or torch's product for many rows where that is faster on this machine and
-    dtype; on CUDA devices torch's (cuBLAS), in every mode. On the CPU, with ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's
-    bits do not depend on the other rows.
+    dtype; on CUDA devices torch's (cuBLAS), in every mode. On the CPU, with
+    ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's bits do not
+    depend on the other rows.
 
     Args:
         x: ``[.., K]``, float32, bfloat16 or float16.
