@@ -3,31 +3,37 @@
 // A row is cut into pieces of 4096 columns: 256 threads, 16 columns each, read 16 bytes at a time
 // and kept in registers, so a piece is read once whatever is asked of it. Blocks of a launch know
 // nothing of each other; what pieces find lies in scratch memory for the next launch.
-//   greedy, temperature  1. pieces: argmax    2. row: argmax of the pieces'
-//   top-k                1. pieces: the columns not below the piece's own k-th largest, about k
-//   each
-//                        2. row: cut, draw
-//   top-p, min-p         1. pieces: maximum and sum of exponentials
-//                        2. pieces: the columns that can be in the set: those less likely than
-//                           (1 - top_p) / V have less than 1 - top_p together, so none of them is
-//                        3. row: cut, draw
-// A row of one piece needs no scratch and one launch of as few threads as hold it, down to a warp.
-// Cuts: sample_select.h. Any number of candidates is right: scratch has room for all columns. What
-// the last launch works on is moved into shared memory once it is at most 8192 elements, after one
-// step of the search at most where it was more (V = 256000, k = 50: about 3500 from the start).
 //
+//   greedy, temperature  1. pieces: argmax
+//                        2. rows: argmax of the pieces' best
+//   top-k                1. pieces: the columns that reach the piece's own k-th largest, or a few
+//                           more
+//                        2. rows: cut, draw
+//   top-p, min-p         1. pieces: maximum and sum of exponentials
+//                        2. pieces: the columns that can be in the set. Those less likely than
+//                           (1 - top_p) / V have less than 1 - top_p together: none of them is
+//                        3. rows: cut, draw
+//
+// A row of one piece takes one launch, no scratch and as few threads as hold it, down to a warp.
+// Cuts: sample_select.h. Scratch has room for all columns as candidates. The last launch, a block
+// of 1024 threads a row, moves them into shared memory as soon as at most 8192 are left: from the
+// start with k = 50 and V = 256000 (about 3500), else mostly after one step over all of them.
 // Nothing is assumed about logits but that they are numbers: pieces subtract maxima of their own.
 //
-// History: every block reads the row's and marks its piece in 512 bytes of shared memory. Marks of
-// the whole row in scratch would be a launch more, two for a cleared start. The price is L / 256
-// loads a thread: at V = 256000 with 16-bit logits the histories outweigh the logits from
-// L = 1000 on in bytes, though all but one read come from L2.
+// Bytes: V sizeof(T) a row and read, 2 reads for top-p and min-p without top-k, else 1; 8 for a
+// candidate, written once and read two to four times (L2). V = 256000 is 63 blocks a row. Up to 64
+// registers a thread (80 in two kernels) let 4 (3) blocks run on a multiprocessor, each with 8 KB
+// under way from its start (float32: 16 KB).
 //
-// In numbers, V = 256000: 63 blocks a row; bf16 512 KB a row and launch. Registers: 64 a thread
-// allow 4 blocks of 256 on an SM, which have 32 KB under way there.
-// Bound by memory where greedy and many rows; temperature by arithmetic (about 25 instructions a
-// column: Philox serves four, and only columns whose Gumbel number may be large get logarithms);
-// a single row by the latency of two launches, since 63 blocks have 8 KB each to read.
+// What bounds it, with many rows: memory for greedy, top-k and top-p; arithmetic for temperature,
+// with about 30 instructions a column (Philox serves four; only columns whose Gumbel number may be
+// the largest get logarithms) and 10 for the division where the temperature is not 1. With one row:
+// the latency of two or three launches, whose blocks have 8 KB to read.
+//
+// History: every block reads the row's and marks its piece's columns in 512 bytes of shared memory.
+// Marks of the whole row in scratch would cost a launch more, to clear and to set them. This way a
+// history of L tokens costs L / 2048 waits for memory; its bytes outweigh a block's 16-bit logits
+// from L = 1024 on, but come from L2 for all blocks of a row but one.
 //
 // Called by csrc/bindings/sample.cpp; reference: gemma2/reference.py.
 
@@ -45,7 +51,7 @@ constexpr int kBestThreads = 64;  // combine the pieces' best
 constexpr int kChooseThreads = 1024;
 constexpr int kListed = 8192;            // elements that the last launch holds in shared memory
 constexpr uint64_t kBad = ~uint64_t{0};  // in place of a piece's best: NaN or +infinity
-constexpr uint64_t kAny = 1;             // a bar below all elements
+constexpr uint32_t kAnyKey = 1;          // not above the key of any number
 
 static_assert(kPieceThreads == 256, "what the plan above says");
 
@@ -136,12 +142,21 @@ __device__ void mark_history(const SampleParams& p, const Place& place, Marks& m
   for (int64_t i = threadIdx.x; i < columns / 32; i += blockDim.x) store(marks.words + i, 0u);
   sync_block();
   const int64_t* history = p.history + place.row * p.history_length;
-  for (int64_t i = threadIdx.x; i < p.history_length; i += blockDim.x) {
-    const int64_t token = load(history + i);
-    if (token >= p.vocab)
-      GEMMA2_STOP("sample: history holds a token that logits has no column for");
-    const int64_t at = token - place.begin;
-    if (at >= 0 && at < columns) atomic_or(marks.words + at / 32, 1u << (at % 32));
+  constexpr int kUnder = 8;  // loads under way
+  for (int64_t first = threadIdx.x; first < p.history_length; first += kUnder * blockDim.x) {
+    int64_t tokens[kUnder];
+#pragma unroll
+    for (int i = 0; i < kUnder; ++i) {
+      const int64_t at = first + i * blockDim.x;
+      tokens[i] = at < p.history_length ? load(history + at) : -1;
+    }
+#pragma unroll
+    for (const int64_t token : tokens) {
+      if (token >= p.vocab)
+        GEMMA2_STOP("sample: history holds a token that logits has no column for");
+      const int64_t at = token - place.begin;
+      if (at >= 0 && at < columns) atomic_or(marks.words + at / 32, 1u << (at % 32));
+    }
   }
   sync_block();
 }
@@ -172,27 +187,30 @@ struct Scores {
     constexpr int kCount = Columns<T>::kCount, kPacks = Columns<T>::kPacks;
     const Columns<T> columns = {place.begin};
     const bool penalised = p.history != nullptr && p.repetition_penalty != 1.0f;
-    if (penalised) mark_history(p, place, marks);
-    const float temperature = p.temperature == 0.0f ? 1.0f : p.temperature;
-    bool ok = true;
+    // Without a penalty, the first piece's block still checks the history.
+    if (penalised || (p.history != nullptr && place.begin == 0)) mark_history(p, place, marks);
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       const Vec<T> x = unpack<T>(packs.at[j]);
-      uint32_t marked = 0;
-      if (penalised) {
-        const uint32_t offset = columns(j * kCount) - place.begin;
-        marked = load(marks.words + offset / 32) >> (offset % 32);
-      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) at[j * kCount + i] = x.at[i];
+      if (!penalised) continue;
+      const uint32_t offset = columns(j * kCount) - place.begin;
+      const uint32_t marked = load(marks.words + offset / 32) >> (offset % 32);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        float score = x.at[i];
+        float& score = at[j * kCount + i];
         if (marked >> i & 1)
           score = score < 0.0f ? score * p.repetition_penalty : score / p.repetition_penalty;
-        if (temperature != 1.0f) score = score / temperature;
-        ok = ok && score < kInfinity;
-        at[j * kCount + i] = score;
       }
     }
+    if (p.temperature != 0.0f && p.temperature != 1.0f) {
+#pragma unroll
+      for (float& score : at) score = score / p.temperature;
+    }
+    bool ok = true;
+#pragma unroll
+    for (float score : at) ok &= score < kInfinity;
     return ok;
   }
 
@@ -441,8 +459,13 @@ struct alignas(16) SelectShared {
 struct Listed {
   List list;
 
-  template <typename Weight>
-  GEMMA2_DEVICE uint64_t bar_of(Cut cut, Histograms& histograms, const Weight& weigh) {
+  GEMMA2_DEVICE uint64_t cut_count(Cut<uint32_t> cut, const Elements& elements,
+                                   Histograms& histograms) {
+    while (!cut.done()) cut.step<false>(histograms, KeysOf<List>{list, elements}, One());
+    return elements.least(cut.lo());
+  }
+  GEMMA2_DEVICE uint64_t cut_weight(Cut<uint64_t> cut, const Exponential& weigh,
+                                    Histograms& histograms) {
     while (!cut.done()) cut.step<false>(histograms, list, weigh);
     return cut.lo();
   }
@@ -477,8 +500,20 @@ struct Pooled {
     listed = true;
   }
 
-  template <typename Weight>
-  GEMMA2_DEVICE uint64_t bar_of(Cut cut, Histograms& histograms, const Weight& weigh) {
+  GEMMA2_DEVICE uint64_t cut_count(Cut<uint32_t> cut, const Elements& elements,
+                                   Histograms& histograms) {
+    while (!cut.done()) {
+      if (listed) {
+        cut.step<false>(histograms, KeysOf<List>{list, elements}, One());
+      } else {
+        cut.step<true>(histograms, KeysOf<Pool>{pool, elements}, One());
+        list_if_few(elements.least(cut.lo()), cut.at_least_lo());
+      }
+    }
+    return elements.least(cut.lo());
+  }
+  GEMMA2_DEVICE uint64_t cut_weight(Cut<uint64_t> cut, const Exponential& weigh,
+                                    Histograms& histograms) {
     while (!cut.done()) {
       if (listed) {
         cut.step<false>(histograms, list, weigh);
@@ -505,21 +540,20 @@ __device__ uint64_t choose(const SampleParams& p, int64_t row, const Elements& e
                            uint32_t largest_key, double sum, Source& source, Histograms& histograms,
                            Team& team) {
   const float largest = from_ordered(largest_key);
-  uint64_t bar = kAny;
+  uint64_t bar = elements.least(kAnyKey);
   if (keeps_top_k(p))
-    bar = source.bar_of(Cut::of_count(elements, bar, largest_key, p.top_k), histograms, One());
+    bar = source.cut_count({kAnyKey, largest_key, static_cast<uint32_t>(p.top_k)}, elements,
+                           histograms);
   if (p.top_p < 1.0) {
     const Exponential weigh = {elements, largest};
     const double unit = static_cast<double>(weigh.unit());
-    bar = source.bar_of(
-        sum > 0.0 ? Cut::of_weight(elements, bar, largest_key,
-                                   max(uint64_t{1}, static_cast<uint64_t>(p.top_p * sum * unit)))
-                  : Cut::of_share(elements, bar, largest_key, p.top_p),
-        histograms, weigh);
+    const uint64_t target =
+        sum > 0.0 ? max(uint64_t{1}, static_cast<uint64_t>(p.top_p * sum * unit)) : 0;
+    bar = source.cut_weight(
+        {bar, elements.largest(largest_key), target, p.top_p, elements.column_bits}, weigh,
+        histograms);
   }
-  if (p.min_p > 0.0) {
-    bar = max(bar, elements.least(ordered(least_of_min_p(p, largest))));
-  }
+  if (p.min_p > 0.0) bar = max(bar, elements.least(ordered(least_of_min_p(p, largest))));
   const Random random(p, row);
   uint64_t best = 0;
   source.each([&](uint64_t element) {
@@ -533,28 +567,37 @@ __device__ uint64_t choose(const SampleParams& p, int64_t row, const Elements& e
 
 // ---- Candidates of a piece ----
 
-// The thread's elements of a piece.
+// The thread's elements of a piece, and their keys; 0 for -infinity.
 template <typename T>
 struct InRegisters {
   const Scores<T>& scores;
   Columns<T> columns;
   Elements elements;
 
-  GEMMA2_DEVICE uint64_t at(int i) const {
-    return scores.at[i] > -kInfinity ? elements.of(scores.at[i], columns(i)) : 0;
-  }
   template <typename F>
   GEMMA2_DEVICE void each(const F& f) const {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) f(at(i));
+    for (int i = 0; i < kColumns; ++i)
+      f(scores.at[i] > -kInfinity ? elements.of(scores.at[i], columns(i)) : 0);
   }
 };
-// One element a thread.
-struct InRegister {
-  uint64_t element;
+template <typename T>
+struct KeysInRegisters {
+  const Scores<T>& scores;
+
   template <typename F>
   GEMMA2_DEVICE void each(const F& f) const {
-    f(element);
+#pragma unroll
+    for (float score : scores.at) f(score > -kInfinity ? ordered(score) : 0u);
+  }
+};
+// One key a thread.
+struct OneKey {
+  uint32_t key;
+
+  template <typename F>
+  GEMMA2_DEVICE void each(const F& f) const {
+    f(key);
   }
 };
 
@@ -576,12 +619,12 @@ GEMMA2_DEVICE uint32_t write_elements(const InRegisters<T>& source, uint64_t bar
 // largest. For k up to half as many as threads, few more do; and finding it keeps the contention
 // for bins away that 16 elements a thread would bring.
 template <typename T>
-GEMMA2_DEVICE uint64_t low_bar(const InRegisters<T>& source, uint32_t largest_key, int64_t k,
+GEMMA2_DEVICE uint32_t low_bar(const Scores<T>& scores, uint32_t largest_key, int64_t k,
                                Histograms& histograms) {
-  if (blockDim.x == kWarp || k > blockDim.x) return kAny;
-  const float largest = source.scores.largest();
-  const InRegister one = {largest > -kInfinity ? source.elements.of(largest, 0) : 0};
-  Cut cut = Cut::of_count(source.elements, kAny, largest_key, k);
+  if (blockDim.x == kWarp || k > blockDim.x) return kAnyKey;
+  const float largest = scores.largest();
+  const OneKey one = {largest > -kInfinity ? ordered(largest) : 0};
+  Cut<uint32_t> cut(kAnyKey, largest_key, static_cast<uint32_t>(k));
   while (!cut.done()) cut.template step<false>(histograms, one, One());
   return cut.lo();
 }
@@ -595,7 +638,7 @@ struct TopKShared {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kPieceThreads, 3) top_k_kernel(SampleParams p, Plan plan) {
+__global__ void __launch_bounds__(kPieceThreads, 4) top_k_kernel(SampleParams p, Plan plan) {
   TopKShared& shared = static_shared<TopKShared>();
   Team team(shared.team);
   const Place place(plan);
@@ -607,16 +650,18 @@ __global__ void __launch_bounds__(kPieceThreads, 3) top_k_kernel(SampleParams p,
   uint32_t n = 0;
   if (best != kBad && best != 0) {
     Histograms histograms(shared.histograms);
-    const InRegisters<T> source = {scores, {place.begin}, plan.elements};
-    uint64_t bar = low_bar(source, key_of(best), p.top_k, histograms);
+    const KeysInRegisters<T> keys = {scores};
+    uint32_t bar = low_bar(scores, key_of(best), p.top_k, histograms);
     uint64_t reach = 0;
-    source.each([&](uint64_t element) { reach += element >= bar; });
+    keys.each([&](uint32_t key) { reach += key >= bar; });
     if (team.sum(reach) > 2 * static_cast<uint64_t>(p.top_k)) {
-      Cut cut = Cut::of_count(plan.elements, bar, key_of(best), p.top_k);
-      while (!cut.done()) cut.template step<false>(histograms, source, One());
+      Cut<uint32_t> cut(bar, key_of(best), static_cast<uint32_t>(p.top_k));
+      while (!cut.done()) cut.template step<false>(histograms, keys, One());
       bar = cut.lo();
     }
-    n = write_elements(source, bar, plan.candidates + int64_t{blockIdx.x} * kSamplePiece, team);
+    const InRegisters<T> source = {scores, {place.begin}, plan.elements};
+    n = write_elements(source, plan.elements.least(bar),
+                       plan.candidates + int64_t{blockIdx.x} * kSamplePiece, team);
   }
   if (threadIdx.x == 0) store(&piece.candidates, n);
 }
@@ -655,7 +700,7 @@ GEMMA2_DEVICE double sum_of_row(const Plan& plan, int64_t row, float largest, Te
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPieceThreads, 4) collect_kernel(SampleParams p, Plan plan) {
+__global__ void __launch_bounds__(kPieceThreads, 3) collect_kernel(SampleParams p, Plan plan) {
   PieceShared& shared = static_shared<PieceShared>();
   Team team(shared.team);
   const Place place(plan);
@@ -674,7 +719,7 @@ __global__ void __launch_bounds__(kPieceThreads, 4) collect_kernel(SampleParams 
     Scores<T> scores;
     scores.from(packs, p, place, shared.marks);
     const InRegisters<T> source = {scores, {place.begin}, plan.elements};
-    n = write_elements(source, max(kAny, plan.elements.least(ordered(least))),
+    n = write_elements(source, plan.elements.least(max(kAnyKey, ordered(least))),
                        plan.candidates + int64_t{blockIdx.x} * kSamplePiece, team);
   }
   if (threadIdx.x == 0) store(&plan.pieces[blockIdx.x].candidates, n);
@@ -699,7 +744,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(SampleParams p, 
     const double sum =
         two_reads && p.top_p < 1.0 ? sum_of_row(plan, row, from_ordered(key_of(best)), team) : 0.0;
     Pooled source = {Pool(plan, row), {shared.list, 0}, shared.select.listed};
-    source.list_if_few(kAny, source.pool.size(team));
+    source.list_if_few(plan.elements.least(kAnyKey), source.pool.size(team));
     drawn = choose(p, row, plan.elements, key_of(best), sum, source, histograms, team);
   }
   if (threadIdx.x == 0) store(p.out + row, token_of(drawn));
@@ -718,10 +763,10 @@ __global__ void __launch_bounds__(kPieceThreads, 3) row_kernel(SampleParams p, P
   if (best != kBad && best != 0) {
     Histograms histograms(shared.histograms);
     const InRegisters<T> elements = {scores, {place.begin}, plan.elements};
-    const uint64_t bar =
-        keeps_top_k(p) ? low_bar(elements, key_of(best), p.top_k, histograms) : kAny;
+    const uint32_t bar =
+        keeps_top_k(p) ? low_bar(scores, key_of(best), p.top_k, histograms) : kAnyKey;
     Listed source = {{reinterpret_cast<uint64_t*>(&shared + 1), 0}};
-    source.list.n = write_elements(elements, bar, source.list.elements, team);
+    source.list.n = write_elements(elements, plan.elements.least(bar), source.list.elements, team);
     sync_block();
     drawn = choose(p, place.row, plan.elements, key_of(best), 0.0, source, histograms, team);
   }

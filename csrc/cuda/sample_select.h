@@ -57,19 +57,14 @@ struct Elements {
 
 // ---- Weights ----
 
-struct One {
-  static constexpr bool kOne = true;
-  GEMMA2_DEVICE uint64_t operator()(uint64_t) const { return 1; }
-};
+struct One {};
 
 // exp(score - largest) in units of 2^(column_bits - 62), so that a row's sum stays below 2^62;
-// smaller than a unit is 0. Relative error below 2e-9 (tests/cuda/test_counters_sample.py's tokens
-// are those of float64), and the same bits everywhere:
+// smaller than a unit is 0. Relative error below 3e-9, and the same bits everywhere:
 //   d = largest - score = m 2^(e - 150),  y = d log2(e) in fixed point with 57 bits behind the
 //   point, exp(-d) = 2^-y = 2^g / 2^n,  n = ceil(y),  g = n - y, 2^g - 1 = g q(g), q of degree 6 in
 //   32-bit fixed point (interpolated at Chebyshev's points: 9e-10)
 struct Exponential {
-  static constexpr bool kOne = false;
   Elements elements;
   float largest;
 
@@ -225,43 +220,37 @@ GEMMA2_DEVICE uint32_t octave_last(uint32_t bin) {
   return bin < 4 ? bin : octave_first(bin) + ((1u << (bin / 4 - 1)) - 1);
 }
 
-// The bar such that the elements >= it are the fewest that weigh `target` or more: lo, once done.
-// All threads hold the same state.
+// The bar such that the elements >= it are the fewest that weigh `target` or more: lo(), once done.
+// All threads hold the same state. Element is uint32_t, a key, and weights are 1; or uint64_t, a
+// key with a column, and weights are of 64 bits.
+template <typename Element>
 class Cut {
  public:
-  // The k-th largest of the elements >= floor, with all that equal it in score.
-  GEMMA2_DEVICE static Cut of_count(const Elements& elements, uint64_t floor, uint32_t largest_key,
-                                    uint64_t k) {
-    return {elements, floor, largest_key, k, 0.0, elements.column_bits};
-  }
-  // Elements >= floor with this weight.
-  GEMMA2_DEVICE static Cut of_weight(const Elements& elements, uint64_t floor, uint32_t largest_key,
-                                     uint64_t weight) {
-    return {elements, floor, largest_key, weight, 0.0, 0};
-  }
-  // Elements with this share of the weight of all >= floor.
-  GEMMA2_DEVICE static Cut of_share(const Elements& elements, uint64_t floor, uint32_t largest_key,
-                                    double share) {
-    return {elements, floor, largest_key, 0, share, 0};
-  }
+  static constexpr bool kWeighted = sizeof(Element) == 8;
+
+  // `floor`: only elements >= it count, and it is not 0. `share`: the target is this share of the
+  // weight of all of them.
+  GEMMA2_DEVICE Cut(Element floor, Element largest, Element target, double share = 0.0,
+                    int column_bits = 0)
+      : lo_(floor), hi_(largest), target_(target), share_(share), column_bits_(column_bits) {}
 
   GEMMA2_DEVICE bool done() const { return done_; }
-  // The bar is not below lo; if even all elements >= floor weigh less than wanted, it is floor.
-  GEMMA2_DEVICE uint64_t lo() const { return lo_; }
-  // How many elements are >= lo. Known only after steps with kCountAbove.
-  GEMMA2_DEVICE uint64_t at_least_lo() const { return above_ + inside_; }
+  // Not above the bar. If even all elements >= floor weigh less than wanted, floor.
+  GEMMA2_DEVICE Element lo() const { return lo_; }
+  // How many elements are >= lo(); only after steps with kCountAbove.
+  GEMMA2_DEVICE uint32_t at_least_lo() const { return above_ + inside_; }
 
   // source.each(f) gives f each of the thread's elements, or 0 for none.
   template <bool kCountAbove, typename Source, typename Weight>
   GEMMA2_DEVICE void step(Histograms& histograms, const Source& source, const Weight& weigh) {
     Histograms::Bins& bins = histograms.take();
-    const int shift = max(least_shift_, bit_length(hi_ - lo_) - 7);
-    source.each([&](uint64_t element) {
+    const int shift = max(0, bit_length(static_cast<Element>(hi_ - lo_)) - 7);
+    source.each([&](Element element) {
       if (element < lo_ || element > hi_) return;
-      const uint32_t bin = first_ ? octave_bin(elements_.key(hi_) - elements_.key(element))
+      const uint32_t bin = first_ ? octave_bin(key(hi_) - key(element))
                                   : static_cast<uint32_t>((hi_ - element) >> shift);
       atomic_add(&bins.count[bin], 1u);
-      if constexpr (!Weight::kOne) {
+      if constexpr (kWeighted) {
         const uint64_t weight = weigh(element);
         const uint32_t low = static_cast<uint32_t>(weight);
         const uint32_t sum = atomic_add(&bins.low[bin], low) + low;
@@ -275,8 +264,8 @@ class Cut {
     const int lane = Team::lane();
     const uint4 count = load(reinterpret_cast<const uint4*>(bins.count) + lane);
     const uint32_t counts[4] = {count.x, count.y, count.z, count.w};
-    uint64_t weights[4] = {count.x, count.y, count.z, count.w};
-    if constexpr (!Weight::kOne) {
+    Element weights[4] = {count.x, count.y, count.z, count.w};
+    if constexpr (kWeighted) {
       const uint4 low = load(reinterpret_cast<const uint4*>(bins.low) + lane);
       const uint4 high = load(reinterpret_cast<const uint4*>(bins.high) + lane);
       weights[0] = uint64_t{high.x} << 32 | low.x;
@@ -284,19 +273,18 @@ class Cut {
       weights[2] = uint64_t{high.z} << 32 | low.z;
       weights[3] = uint64_t{high.w} << 32 | low.w;
     }
-    const uint64_t own = weights[0] + weights[1] + weights[2] + weights[3];
-    const uint64_t upto = scan(own);
-    if (target_ == 0) target_ = share_of(shuffle(upto, kWarp - 1));
+    const Element own = weights[0] + weights[1] + weights[2] + weights[3];
+    const Element upto = scan(own);
+    if constexpr (kWeighted)
+      if (target_ == 0) target_ = share_of(shuffle(upto, kWarp - 1));
     const unsigned reached = ballot(upto >= target_);
     if (reached == 0) {  // only in the first step
       done_ = true;
-      if constexpr (kCountAbove) {
-        const uint32_t n = counts[0] + counts[1] + counts[2] + counts[3];
-        inside_ = shuffle(scan(n), kWarp - 1);
-      }
+      if constexpr (kCountAbove)
+        inside_ = shuffle(scan(counts[0] + counts[1] + counts[2] + counts[3]), kWarp - 1);
       return;
     }
-    uint64_t before = upto - own;
+    Element before = upto - own;
     uint32_t part = 0, before_count = 0;
 #pragma unroll
     for (uint32_t i = 0; i < 3; ++i)
@@ -305,7 +293,7 @@ class Cut {
         before_count += counts[i];
         part = i + 1;
       }
-    const uint64_t weight =
+    const Element weight =
         part < 2 ? (part == 0 ? weights[0] : weights[1]) : (part == 2 ? weights[2] : weights[3]);
     const uint32_t inside =
         part < 2 ? (part == 0 ? counts[0] : counts[1]) : (part == 2 ? counts[2] : counts[3]);
@@ -321,18 +309,13 @@ class Cut {
       inside_ = shuffle(inside, from);
     }
     narrow(static_cast<uint32_t>(from) * 4 + (found & 3), shift);
-    done_ = (found & 4) != 0 || (hi_ - lo_) >> least_shift_ == 0;
+    done_ = (found & 4) != 0 || hi_ == lo_;
   }
 
  private:
-  GEMMA2_DEVICE Cut(const Elements& elements, uint64_t floor, uint32_t largest_key, uint64_t target,
-                    double share, int least_shift)
-      : elements_(elements),
-        lo_(floor),
-        hi_(elements.largest(largest_key)),
-        target_(target),
-        share_(share),
-        least_shift_(least_shift) {}
+  GEMMA2_DEVICE uint32_t key(Element element) const {
+    return static_cast<uint32_t>(element >> column_bits_);
+  }
 
   // The sum over this and all lower lanes.
   template <typename T>
@@ -346,35 +329,46 @@ class Cut {
   }
 
   // Elements are kept while those before them weigh less than share * total.
-  GEMMA2_DEVICE uint64_t share_of(uint64_t total) const {
+  GEMMA2_DEVICE Element share_of(Element total) const {
     const double wanted = share_ * static_cast<double>(total);
-    uint64_t least = static_cast<uint64_t>(wanted);
+    Element least = static_cast<Element>(wanted);
     if (static_cast<double>(least) < wanted) ++least;
-    return max(uint64_t{1}, min(least, total));
+    return max(Element{1}, min(least, total));
   }
 
   // [lo, hi] becomes its bin number `bin`.
   GEMMA2_DEVICE void narrow(uint32_t bin, int shift) {
     if (first_) {
       first_ = false;
-      const uint32_t top = elements_.key(hi_);
-      const uint32_t end = octave_last(bin);
-      hi_ = elements_.largest(top - octave_first(bin));
-      if (end <= top) lo_ = max(lo_, elements_.least(top - end));
+      const uint32_t top = key(hi_), end = octave_last(bin);
+      const Element columns = (Element{1} << column_bits_) - 1;
+      hi_ = static_cast<Element>(top - octave_first(bin)) << column_bits_ | columns;
+      if (end <= top) lo_ = max(lo_, static_cast<Element>(top - end) << column_bits_);
     } else {
-      hi_ -= uint64_t{bin} << shift;
-      const uint64_t width = (uint64_t{1} << shift) - 1;
+      hi_ -= static_cast<Element>(bin) << shift;
+      const Element width = (Element{1} << shift) - 1;
       if (width < hi_ - lo_) lo_ = hi_ - width;
     }
   }
 
-  Elements elements_;
-  uint64_t lo_, hi_;
-  uint64_t target_;  // of the weight in [lo, hi]; 0: a share of all, not known yet
+  Element lo_, hi_;
+  Element target_;  // of the weight in [lo, hi]; 0: a share of all, not known yet
   double share_;
-  int least_shift_;  // as many low bits of elements do not matter
+  int column_bits_;
   bool first_ = true, done_ = false;
-  uint64_t above_ = 0, inside_ = 0;  // elements above hi; in [lo, hi]
+  uint32_t above_ = 0, inside_ = 0;  // elements above hi; in [lo, hi]
+};
+
+// Keys of a source's elements.
+template <typename Source>
+struct KeysOf {
+  const Source& source;
+  Elements elements;
+
+  template <typename F>
+  GEMMA2_DEVICE void each(const F& f) const {
+    source.each([&](uint64_t element) { f(elements.key(element)); });
+  }
 };
 
 }  // namespace gemma2::cuda
