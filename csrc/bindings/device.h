@@ -4,6 +4,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <vector>
+
 #include "bindings/check.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
@@ -34,7 +36,17 @@ void run_with_scratch(const char* op, const Tensor& like, int64_t scratch_bytes,
         kernels == nullptr ? "no CUDA kernels are loaded (`gemma2 info` says why)"
                            : "there is no CUDA kernel for this operator");
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  struct Memory {
+    const Tensor& like;
+    std::vector<Tensor> pieces;
+  } memory = {like, {}};
   CudaCall call = {nullptr, nullptr};
+  call.owner = &memory;
+  call.allocate = [](void* owner, int64_t bytes) {
+    Memory& m = *static_cast<Memory*>(owner);
+    m.pieces.push_back(torch::stable::new_empty(m.like, {bytes}, ScalarType::Byte));
+    return m.pieces.back().mutable_data_ptr();
+  };
   if (!on_cpu) {
     guard.emplace(like.get_device_index());
     call.stream = current_cuda_stream(like.get_device_index());

@@ -39,8 +39,8 @@ template <typename T>
 GEMMA2_DEVICE T load(const T* p) {
   return *p;
 }
-// In PTX where it is wide, since the compiler may split a struct's assignment into its members. Which
-// space it is, is mostly known at compile time.
+// In PTX where it is wide, since the compiler may split a struct's assignment into its members.
+// Which space it is, is mostly known at compile time.
 template <typename T>
 GEMMA2_DEVICE void store(T* p, T value) {
   if constexpr (sizeof(T) == 16) {
