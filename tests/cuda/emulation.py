@@ -20,7 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "cuda" / "emulator"
 BUILD = ROOT / "build" / "emulator"
-LIBRARY = BUILD / "_cuda_emulated.so"
+# GEMMA2_EMULATED: another build of it, such as one with a fault.
+LIBRARY = Path(os.environ.get("GEMMA2_EMULATED") or BUILD / "_cuda_emulated.so")
 
 
 class Order(enum.IntEnum):
@@ -50,9 +51,12 @@ def build() -> Path:
     """Builds the emulator with the kernels, or brings it up to date; gives the library's path."""
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
     for command in (
-        [_tool("cmake"), "-S", str(SOURCE), "-B", str(BUILD), *generator],
+        [
+            _tool("cmake"), "-S", str(SOURCE), "-B", str(BUILD),
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *generator,
+        ],
         [_tool("cmake"), "--build", str(BUILD), "--parallel", str(os.cpu_count() or 1)],
-    ):
+    ):  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
