@@ -110,11 +110,8 @@ PLANS = (
     *one_type(Plan("softcap", threads=256, registers=40, warps=64), tail=True),
     replace(_piece, kernels="sample best<*>"),
     Plan("sample best_row", threads=64, registers=32, warps=64, static_shared=1280),
+    replace(_piece, kernels="sample top_k<*>", static_shared=6400),
     # Sums of weights are compared as float64.
-    replace(
-        _piece, kernels="sample top_k<*>", registers=128, warps=16, static_shared=6400,
-        allows=(PRINTF, FLOAT64),
-    ),
     replace(_piece, kernels="sample sum<*>", allows=(PRINTF, FLOAT64)),
     replace(_piece, kernels="sample collect<*>", registers=80, warps=24, allows=(PRINTF, FLOAT64)),
     Plan(

@@ -189,6 +189,8 @@ def test_names_are_readable(planted):
     assert static.shortened(
         "void gemma2::cuda::(anonymous namespace)::f_kernel<(int)2, float>(int)"
     ) == ("f<2, f32>")
+    assert static.with_operator("rms_norm", "add_rms_norm<f32>") == "add_rms_norm<f32>"
+    assert static.with_operator("attention_any", "any<64>") == "attention_any<64>"
 
 
 def test_a_good_kernel_has_no_fault(planted):
