@@ -22,9 +22,11 @@ constexpr size_t kSharedBytes = 227 * 1024;  // the most a block can have (compu
 
 // ---- Who ran before whom ----
 //
-// Time is counted in epochs: every barrier that completes gives its threads a new one. An access
-// carries its thread's epoch, and is ordered before what thread b does now iff b has `seen` that
-// epoch of the thread, through one barrier or a chain of them.
+// Time is counted in epochs: every barrier that completes begins one, which is that of its threads
+// until their next barrier. An access carries its thread's epoch, and is ordered before what thread b
+// does now iff b has `seen` that epoch of the thread, through one barrier or a chain of them. The
+// reads of a warp are kept together, under the latest epoch among its lanes: exact, unless lanes of
+// one warp meet in parts (sync_warp with a mask), where a missing order may be seen too soon.
 
 struct Thread {
   enum class State { ready, waiting, ended };
@@ -58,10 +60,11 @@ struct Meeting {
   std::vector<char> waits;       // of those arrived: waits, or has gone on
   std::vector<uint32_t> epochs;  // of those arrived, then
 
-  void add(const Thread& t, bool wait) {
+  // What the thread has done up to `now`, and whether it waits here.
+  void add(const Thread& t, bool wait, uint32_t now) {
     threads.push_back(t.index);
     waits.push_back(wait);
-    epochs.push_back(t.epoch);
+    epochs.push_back(now);
   }
 };
 

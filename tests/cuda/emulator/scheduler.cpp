@@ -109,9 +109,9 @@ std::vector<uint32_t>& view_of(int t) {
 void barrier_of_all_completes() {
   Runtime& r = rt();
   if (r.counting) ++r.counting->barriers;
-  const uint32_t epoch = ++r.epoch;
+  const uint32_t past = r.epoch, epoch = ++r.epoch;
   for (Thread& t : r.threads) {
-    r.seen_by_all[t.index] = t.epoch;
+    r.seen_by_all[t.index] = past;
     r.has_view[t.index] = r.wide_view[t.index] = 0;
     t.epoch = epoch;
   }
@@ -325,7 +325,7 @@ void named_barrier(int id, int threads, bool wait) {
   for (size_t i = 0; i < m.threads.size(); ++i)
     if (m.threads[i] == r.current->index)
       fault("barrier %d: the thread arrives twice before the others have come", id);
-  m.add(*r.current, wait);
+  m.add(*r.current, wait, r.epoch);
   if (static_cast<int>(m.threads.size()) < m.wanted) {
     // What comes after an arrival is not ordered by it.
     if (wait)
@@ -350,7 +350,7 @@ void warp_barrier(unsigned lanes) {
     fault("sync_warp: lane %d is not in its mask 0x%08x", me.lane, lanes);
   if (r.counting) ++r.counting->instructions["sync_warp"];
   Meeting& m = r.warp_barriers[me.warp][lanes];
-  m.add(me, true);
+  m.add(me, true, r.epoch);
   if (static_cast<int>(m.threads.size()) < __builtin_popcount(lanes)) {
     wait_here("sync_warp", __builtin_return_address(0));
     return;
