@@ -37,21 +37,18 @@
 //
 // Called by csrc/bindings/sample.cpp; reference: gemma2/reference.py.
 
-#include "common/philox.h"
 #include "cuda/launch.h"
+#include "cuda/sample_candidates.h"
+#include "cuda/sample_scores.h"
 #include "cuda/sample_select.h"
-#include "cuda/vec.h"
 
 namespace gemma2::cuda {
 namespace {
 
-constexpr int kColumns = 16;  // of a thread
-constexpr int kPieceThreads = kSamplePiece / kColumns;
+using namespace sampling;
+
 constexpr int kBestThreads = 64;  // combine the pieces' best
 constexpr int kChooseThreads = 1024;
-constexpr int kListed = 8192;            // elements that the last launch holds in shared memory
-constexpr uint64_t kBad = ~uint64_t{0};  // in place of a piece's best: NaN or +infinity
-constexpr uint32_t kAnyKey = 1;          // not above the key of any number
 
 static_assert(kPieceThreads == 256, "what the plan above says");
 
@@ -61,233 +58,6 @@ inline GEMMA2_HOST_DEVICE bool keeps_top_k(const SampleParams& p) {
 // The least score that min-p keeps.
 GEMMA2_DEVICE float least_of_min_p(const SampleParams& p, float largest) {
   return largest + logf(static_cast<float>(p.min_p));
-}
-
-// What is known of a piece, in scratch.
-struct alignas(16) Piece {
-  uint64_t best;  // ranked(), kBad or 0: nothing above -infinity
-  double sum;     // of exp(score - largest)
-  uint32_t candidates;
-};
-static_assert(sizeof(Piece) == kSamplePieceRecord, "sample_scratch_bytes() counts with it");
-
-struct Plan {
-  Elements elements;
-  uint32_t per_row;      // pieces
-  bool aligned;          // rows can be read 16 bytes at a time
-  Piece* pieces;         // [batch, per_row]; null where that is 1, as are the
-  uint64_t* candidates;  // [batch, per_row, kSamplePiece]
-};
-
-// What a block works on: all of a row, or a piece of one.
-struct Place {
-  int64_t row;
-  uint32_t begin;  // first column
-  GEMMA2_DEVICE explicit Place(const Plan& plan)
-      : row(blockIdx.x / plan.per_row),
-        begin(blockIdx.x % plan.per_row * static_cast<uint32_t>(kSamplePiece)) {}
-};
-
-// ---- Scores ----
-
-// Columns of this thread: packs of 16 bytes, neighbours to its neighbours'.
-template <typename T>
-struct Columns {
-  static constexpr int kCount = Vec<T>::kCount;
-  static constexpr int kPacks = kColumns / kCount;
-  uint32_t begin;  // of the block's piece
-
-  GEMMA2_DEVICE uint32_t operator()(int i) const {
-    return begin + (i / kCount * blockDim.x + threadIdx.x) * kCount + i % kCount;
-  }
-};
-
-struct Marks {
-  uint32_t words[kSamplePiece / 32];  // a bit a column of the piece: is in the history
-};
-
-GEMMA2_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
-GEMMA2_DEVICE uint32_t bits_of(bf16_t x) { return x.bits; }
-GEMMA2_DEVICE uint32_t bits_of(f16_t x) { return x.bits; }
-
-template <typename T>
-constexpr uint32_t kMinusInfinity = 0xff800000u;
-template <>
-constexpr uint32_t kMinusInfinity<bf16_t> = 0xff80u;
-template <>
-constexpr uint32_t kMinusInfinity<f16_t> = 0xfc00u;
-
-// 16 bytes of the row from `column` on, -infinity behind its end.
-template <typename T>
-GEMMA2_DEVICE uint4 load_columns(const T* row, uint32_t column, uint32_t vocab, bool aligned) {
-  constexpr int kCount = Vec<T>::kCount, kPerWord = kCount / 4;
-  if (aligned && column + kCount <= vocab)
-    return load_once(reinterpret_cast<const uint4*>(row + column));
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = 0;
-#pragma unroll
-    for (int j = 0; j < kPerWord; ++j) {
-      const uint32_t at = column + i * kPerWord + j;
-      words[i] |= (at < vocab ? bits_of(load(row + at)) : kMinusInfinity<T>) << (16 * j);
-    }
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// The bits of the piece's columns. Threads meet in here.
-__device__ void mark_history(const SampleParams& p, const Place& place, Marks& marks) {
-  const int64_t columns = blockDim.x * kColumns;
-  for (int64_t i = threadIdx.x; i < columns / 32; i += blockDim.x) store(marks.words + i, 0u);
-  sync_block();
-  const int64_t* history = p.history + place.row * p.history_length;
-  constexpr int kUnder = 8;  // loads under way
-  for (int64_t first = threadIdx.x; first < p.history_length; first += kUnder * blockDim.x) {
-    int64_t tokens[kUnder];
-#pragma unroll
-    for (int i = 0; i < kUnder; ++i) {
-      const int64_t at = first + i * blockDim.x;
-      tokens[i] = at < p.history_length ? load(history + at) : -1;
-    }
-#pragma unroll
-    for (const int64_t token : tokens) {
-      if (token >= p.vocab)
-        GEMMA2_STOP("sample: history holds a token that logits has no column for");
-      const int64_t at = token - place.begin;
-      if (at >= 0 && at < columns) atomic_or(marks.words + at / 32, 1u << (at % 32));
-    }
-  }
-  sync_block();
-}
-
-// The thread's logits of a piece as they come from memory.
-template <typename T>
-struct Packs {
-  uint4 at[Columns<T>::kPacks];
-
-  GEMMA2_DEVICE Packs(const SampleParams& p, const Plan& plan, const Place& place) {
-    const Columns<T> columns = {place.begin};
-    const T* row = static_cast<const T*>(p.logits) + place.row * p.logits_stride;
-#pragma unroll
-    for (int j = 0; j < Columns<T>::kPacks; ++j)
-      at[j] = load_columns(row, columns(j * Columns<T>::kCount), static_cast<uint32_t>(p.vocab),
-                           plan.aligned);
-  }
-};
-
-// The thread's scores of a piece.
-template <typename T>
-struct Scores {
-  float at[kColumns];
-
-  // False if one is NaN or +infinity. Threads meet in here.
-  GEMMA2_DEVICE bool from(const Packs<T>& packs, const SampleParams& p, const Place& place,
-                          Marks& marks) {
-    constexpr int kCount = Columns<T>::kCount, kPacks = Columns<T>::kPacks;
-    const Columns<T> columns = {place.begin};
-    const bool penalised = p.history != nullptr && p.repetition_penalty != 1.0f;
-    // Without a penalty, the first piece's block still checks the history.
-    if (penalised || (p.history != nullptr && place.begin == 0)) mark_history(p, place, marks);
-#pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
-      const Vec<T> x = unpack<T>(packs.at[j]);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) at[j * kCount + i] = x.at[i];
-      if (!penalised) continue;
-      const uint32_t offset = columns(j * kCount) - place.begin;
-      const uint32_t marked = load(marks.words + offset / 32) >> (offset % 32);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        float& score = at[j * kCount + i];
-        if (marked >> i & 1)
-          score = score < 0.0f ? score * p.repetition_penalty : score / p.repetition_penalty;
-      }
-    }
-    if (p.temperature != 0.0f && p.temperature != 1.0f) {
-#pragma unroll
-      for (float& score : at) score = score / p.temperature;
-    }
-    bool ok = true;
-#pragma unroll
-    for (float score : at) ok &= score < kInfinity;
-    return ok;
-  }
-
-  GEMMA2_DEVICE float largest() const {
-    float largest = -kInfinity;
-#pragma unroll
-    for (float score : at) largest = score > largest ? score : largest;
-    return largest;
-  }
-};
-
-// Orders columns by score and, of equal scores, the first before the others; 0 is none.
-GEMMA2_DEVICE uint64_t ranked(float score, uint32_t column) {
-  return score > -kInfinity ? uint64_t{ordered(score)} << 32 | ~column : 0;
-}
-GEMMA2_DEVICE uint32_t key_of(uint64_t rank) { return static_cast<uint32_t>(rank >> 32); }
-
-GEMMA2_DEVICE int64_t token_of(uint64_t rank) {
-  return rank == kBad ? kSampleNotFinite
-         : rank == 0  ? kSampleEmpty
-                      : static_cast<int64_t>(~static_cast<uint32_t>(rank));
-}
-
-// ---- Random numbers: common/philox.h ----
-
-struct Multiply {
-  GEMMA2_HOST_DEVICE void operator()(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) const {
-    const uint64_t product = uint64_t{a} * b;
-    high = static_cast<uint32_t>(product >> 32);
-    low = static_cast<uint32_t>(product);
-  }
-};
-
-struct Words {
-  uint32_t of[4];
-};
-
-struct Random {
-  uint32_t key0, key1, row, step0, step1;
-
-  GEMMA2_DEVICE Random(const SampleParams& p, int64_t row_)
-      : key0(static_cast<uint32_t>(p.seed)),
-        key1(static_cast<uint32_t>(p.seed >> 32)),
-        row(static_cast<uint32_t>(row_)) {
-    const uint64_t step = static_cast<uint64_t>(load(p.step));
-    step0 = static_cast<uint32_t>(step);
-    step1 = static_cast<uint32_t>(step >> 32);
-  }
-  // Of the four columns from `column` on, a multiple of four.
-  GEMMA2_DEVICE Words words(uint32_t column) const {
-    Words w = {{column / 4, row, step0, step1}};
-    philox4x32_10(w.of, key0, key1, Multiply());
-    return w;
-  }
-  GEMMA2_DEVICE uint32_t word(uint32_t column) const {
-    const Words w = words(column);
-    const uint32_t even = column & 2 ? w.of[2] : w.of[0], odd = column & 2 ? w.of[3] : w.of[1];
-    return column & 1 ? odd : even;
-  }
-};
-
-// -ln(-ln u) of u = (word + 1/2) / 2^32.
-GEMMA2_DEVICE float gumbel(uint32_t word) {
-  const float u = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
-  const float rest = (static_cast<float>(~word) + 0.5f) * 0x1p-32f;  // 1 - u, precise near 0
-  const float exponential = rest < 0.25f ? -log1pf(-rest) : -logf(u);
-  return -logf(exponential);
-}
-
-// Not below gumbel(word), and mostly by less than 0.1 above it where that is large, without
-// logarithms: -ln u >= 1 - u, of which 23 bits are taken; its logarithm to base 2 is at least
-// exponent + mantissa, which a float's bits are.
-GEMMA2_DEVICE float gumbel_bound(uint32_t word) {
-  const float rest = __uint_as_float(0x3f800000u | ~word >> 9) - 1.0f;
-  const float log2_rest = __uint_as_float(0x4b000000u | __float_as_uint(rest) >> 8);  // + 383 2^15
-  constexpr float kLn2 = 0.693147180559945f;
-  return fmaf(log2_rest, -kLn2 * 0x1p-15f, 383.0f * kLn2 + 0.001f);
 }
 
 // ---- Launch 1: argmax ----
@@ -403,134 +173,11 @@ __global__ void __launch_bounds__(kBestThreads) best_row_kernel(SampleParams p, 
 
 // ---- The last launch: cuts and the draw ----
 
-// Elements in shared memory.
-struct List {
-  uint64_t* elements;
-  uint32_t n;
-
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) f(load(elements + i));
-  }
-};
-
-// All candidates of a row in scratch; a warp takes piece by piece. Lanes of a warp call f together.
-struct Pool {
-  const Piece* pieces;
-  const uint64_t* candidates;
-  uint32_t count;  // of pieces
-
-  GEMMA2_DEVICE Pool(const Plan& plan, int64_t row)
-      : pieces(plan.pieces + row * plan.per_row),
-        candidates(plan.candidates + row * plan.per_row * kSamplePiece),
-        count(plan.per_row) {}
-
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-    constexpr int kUnder = 4;  // loads under way
-    for (uint32_t i = Team::warp(); i < count; i += Team::warps()) {
-      const uint32_t n = load(&pieces[i].candidates);
-      const uint64_t* at = candidates + int64_t{i} * kSamplePiece;
-      for (uint32_t first = Team::lane(); first - Team::lane() < n; first += kUnder * kWarp) {
-        uint64_t element[kUnder];
-#pragma unroll
-        for (int j = 0; j < kUnder; ++j)
-          element[j] = first + j * kWarp < n ? load(at + first + j * kWarp) : 0;
-#pragma unroll
-        for (int j = 0; j < kUnder; ++j) f(element[j]);
-      }
-    }
-  }
-  GEMMA2_DEVICE uint64_t size(Team& team) const {
-    uint64_t n = 0;
-    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) n += load(&pieces[i].candidates);
-    return team.sum(n);
-  }
-};
-
 struct alignas(16) SelectShared {
   Histograms::Shared histograms;
   Team::Shared team;
   Marks marks;
   uint32_t listed;
-};
-
-// Elements in shared memory from the start.
-struct Listed {
-  List list;
-
-  GEMMA2_DEVICE uint64_t cut_count(Cut<uint32_t> cut, const Elements& elements,
-                                   Histograms& histograms) {
-    while (!cut.done()) cut.step<false>(histograms, KeysOf<List>{list, elements}, One());
-    return elements.least(cut.lo());
-  }
-  GEMMA2_DEVICE uint64_t cut_weight(Cut<uint64_t> cut, const Exponential& weigh,
-                                    Histograms& histograms) {
-    while (!cut.done()) cut.step<false>(histograms, list, weigh);
-    return cut.lo();
-  }
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-    list.each(f);
-  }
-};
-
-// Elements in scratch until few enough are left.
-struct Pooled {
-  Pool pool;
-  List list;
-  uint32_t& counter;  // in shared memory
-  bool listed = false;
-
-  // Moves the elements >= bar, of which there are n, if the list has room for them.
-  GEMMA2_DEVICE void list_if_few(uint64_t bar, uint64_t n) {
-    if (listed || n > kListed) return;
-    if (threadIdx.x == 0) store(&counter, 0u);
-    sync_block();
-    pool.each([&](uint64_t element) {
-      const unsigned taken = ballot(element >= bar);
-      if (taken == 0) return;
-      uint32_t at = 0;
-      if (Team::lane() == 0) at = atomic_add(&counter, static_cast<uint32_t>(__popc(taken)));
-      at = shuffle(at, 0) + __popc(taken & ((1u << Team::lane()) - 1));
-      if (element >= bar) store(list.elements + at, element);
-    });
-    sync_block();
-    list.n = load(&counter);
-    listed = true;
-  }
-
-  GEMMA2_DEVICE uint64_t cut_count(Cut<uint32_t> cut, const Elements& elements,
-                                   Histograms& histograms) {
-    while (!cut.done()) {
-      if (listed) {
-        cut.step<false>(histograms, KeysOf<List>{list, elements}, One());
-      } else {
-        cut.step<true>(histograms, KeysOf<Pool>{pool, elements}, One());
-        list_if_few(elements.least(cut.lo()), cut.at_least_lo());
-      }
-    }
-    return elements.least(cut.lo());
-  }
-  GEMMA2_DEVICE uint64_t cut_weight(Cut<uint64_t> cut, const Exponential& weigh,
-                                    Histograms& histograms) {
-    while (!cut.done()) {
-      if (listed) {
-        cut.step<false>(histograms, list, weigh);
-      } else {
-        cut.step<true>(histograms, pool, weigh);
-        list_if_few(cut.lo(), cut.at_least_lo());
-      }
-    }
-    return cut.lo();
-  }
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-    if (listed)
-      list.each(f);
-    else
-      pool.each(f);
-  }
 };
 
 // The token of a row from its candidates. `sum`: of exp(score - largest) over the row if it is
@@ -565,55 +212,7 @@ __device__ uint64_t choose(const SampleParams& p, int64_t row, const Elements& e
   return team.largest(best);
 }
 
-// ---- Candidates of a piece ----
-
-// The thread's elements of a piece, and their keys; 0 for -infinity.
-template <typename T>
-struct InRegisters {
-  const Scores<T>& scores;
-  Columns<T> columns;
-  Elements elements;
-
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      f(scores.at[i] > -kInfinity ? elements.of(scores.at[i], columns(i)) : 0);
-  }
-};
-template <typename T>
-struct KeysInRegisters {
-  const Scores<T>& scores;
-
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-#pragma unroll
-    for (float score : scores.at) f(score > -kInfinity ? ordered(score) : 0u);
-  }
-};
-// One key a thread.
-struct OneKey {
-  uint32_t key;
-
-  template <typename F>
-  GEMMA2_DEVICE void each(const F& f) const {
-    f(key);
-  }
-};
-
-// Writes the elements >= bar, in the order of threads; gives how many.
-template <typename T>
-GEMMA2_DEVICE uint32_t write_elements(const InRegisters<T>& source, uint64_t bar, uint64_t* to,
-                                      Team& team) {
-  uint32_t mine = 0, n;
-  source.each([&](uint64_t element) { mine += element >= bar; });
-  uint32_t at = team.scan(mine, n);
-  if (mine != 0)
-    source.each([&](uint64_t element) {
-      if (element >= bar) store(to + at++, element);
-    });
-  return n;
-}
+// ---- Launch 1: top-k ----
 
 // A bar that k elements of the piece reach, if it has as many: the k-th largest of the threads'
 // largest. For k up to half as many as threads, few more do; and finding it keeps the contention
@@ -628,8 +227,6 @@ GEMMA2_DEVICE uint32_t low_bar(const Scores<T>& scores, uint32_t largest_key, in
   while (!cut.done()) cut.template step<false>(histograms, one, One());
   return cut.lo();
 }
-
-// ---- Launch 1: top-k ----
 
 struct TopKShared {
   Histograms::Shared histograms;

@@ -13,7 +13,7 @@
 
 #include "cuda/ptx.h"
 
-namespace gemma2::cuda {
+namespace gemma2::cuda::sampling {
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -27,6 +27,8 @@ GEMMA2_DEVICE uint32_t ordered(float x) {
 GEMMA2_DEVICE float from_ordered(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
+
+constexpr uint32_t kAnyKey = 1;  // not above the key of any number
 
 GEMMA2_DEVICE int bit_length(uint32_t x) { return 32 - __clz(static_cast<int>(x)); }
 GEMMA2_DEVICE int bit_length(uint64_t x) {
@@ -371,4 +373,4 @@ struct KeysOf {
   }
 };
 
-}  // namespace gemma2::cuda
+}  // namespace gemma2::cuda::sampling
