@@ -21,10 +21,8 @@ void* current_cuda_stream(int32_t device);
 
 // Runs the kernel that `select` takes from a table, for tensors of `like`'s device:
 //   run("embed", x, [](const auto& kernels) { return kernels.embed; }, EmbedParams{...})
-// scratch_bytes: working memory that the CUDA kernel wants.
 template <typename Select, typename... Params>
-void run_with_scratch(const char* op, const Tensor& like, int64_t scratch_bytes,
-                      const Select& select, const Params&... params) {
+void run(const char* op, const Tensor& like, const Select& select, const Params&... params) {
   const bool on_cpu = like.is_cpu();
   const CudaKernels* kernels = cuda_kernels(on_cpu);
   const auto kernel = kernels == nullptr ? nullptr : select(*kernels);
@@ -36,33 +34,24 @@ void run_with_scratch(const char* op, const Tensor& like, int64_t scratch_bytes,
         kernels == nullptr ? "no CUDA kernels are loaded (`gemma2 info` says why)"
                            : "there is no CUDA kernel for this operator");
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  void* stream = nullptr;
+  if (!on_cpu) {
+    guard.emplace(like.get_device_index());
+    stream = current_cuda_stream(like.get_device_index());
+  }
+  // torch's allocator knows the stream: what is freed here is used again only after the kernels.
   struct Memory {
     const Tensor& like;
     std::vector<Tensor> pieces;
   } memory = {like, {}};
-  CudaCall call = {nullptr, nullptr};
-  call.owner = &memory;
-  call.allocate = [](void* owner, int64_t bytes) {
+  const auto allocate = [](void* owner, int64_t bytes) {
     Memory& m = *static_cast<Memory*>(owner);
     m.pieces.push_back(torch::stable::new_empty(m.like, {bytes}, ScalarType::Byte));
     return m.pieces.back().mutable_data_ptr();
   };
-  if (!on_cpu) {
-    guard.emplace(like.get_device_index());
-    call.stream = current_cuda_stream(like.get_device_index());
-  }
-  Tensor scratch;
-  if (scratch_bytes > 0) {
-    scratch = torch::stable::new_empty(like, {scratch_bytes}, ScalarType::Byte);
-    call.scratch = scratch.mutable_data_ptr();
-  }
+  CudaCall call = {stream, allocate, &memory, nullptr};
   kernel(params..., call);
   if (call.error != nullptr) throw std::runtime_error(std::string(op) + ": CUDA: " + call.error);
-}
-
-template <typename Select, typename... Params>
-void run(const char* op, const Tensor& like, const Select& select, const Params&... params) {
-  run_with_scratch(op, like, 0, select, params...);
 }
 
 }  // namespace gemma2

@@ -69,9 +69,7 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
       .top_k = top_k,
       .dtype = dtype,
   };
-  run_with_scratch(
-      kOp, logits, sample_scratch_bytes(batch, vocab),
-      [](const auto& kernels) { return kernels.sample; }, params);
+  run(kOp, logits, [](const auto& kernels) { return kernels.sample; }, params);
   // On CUDA these numbers stay in the result, for whoever reads it back anyway.
   for (int64_t r = 0; logits.is_cpu() && r < batch; ++r) {
     check(chosen[r] != kSampleNotFinite, kOp, ": row ", r,

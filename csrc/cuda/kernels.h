@@ -10,12 +10,11 @@
 namespace gemma2 {
 
 struct CudaCall {
-  void* stream;   // cudaStream_t
-  void* scratch;  // device memory of scratch_bytes(...) bytes; null where the kernel asks for none
-  const char* error = nullptr;  // set by a launch that failed; a string that lives forever
-  // Working memory on the device, aligned to 256 bytes, until the call's kernels have run.
-  void* (*allocate)(void* owner, int64_t bytes) = nullptr;
-  void* owner = nullptr;
+  void* stream;  // cudaStream_t
+  // Gives working memory on the device, aligned to 256 bytes, until the call's kernels have run.
+  void* (*allocate)(void* owner, int64_t bytes);
+  void* owner;
+  const char* error;  // set by a launch that failed; a string that lives forever
 };
 
 using CudaKernels = KernelTable<CudaCall&>;

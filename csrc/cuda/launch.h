@@ -27,6 +27,9 @@ void dispatch(DType dtype, const F& f) {
   }
 }
 
+// Working memory on the device for the call's kernels, not initialised.
+inline void* allocate(CudaCall& call, int64_t bytes) { return call.allocate(call.owner, bytes); }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Whether rows that start at `p`, `stride` elements apart, can be read 16 bytes at a time.

@@ -379,15 +379,18 @@ void sample(const SampleParams& p, CudaCall& call) {
   const unsigned rows = p.batch, blocks = p.batch * pieces;
   Plan plan = {{0}, static_cast<uint32_t>(pieces), false, nullptr, nullptr};
   while ((int64_t{1} << plan.elements.column_bits) < p.vocab) ++plan.elements.column_bits;
-  if (pieces > 1) {
-    plan.pieces = static_cast<Piece*>(call.scratch);
-    plan.candidates = reinterpret_cast<uint64_t*>(plan.pieces + p.batch * pieces);
+  const bool cut = keeps_top_k(p) || p.top_p < 1.0 || p.min_p > 0.0;
+  const bool one_token = p.temperature == 0.0f || !cut;  // a piece's best is all that counts
+  if (pieces > 1 && blocks > 0) {
+    plan.pieces = static_cast<Piece*>(allocate(call, blocks * int64_t{sizeof(Piece)}));
+    if (!one_token)
+      plan.candidates =
+          static_cast<uint64_t*>(allocate(call, blocks * int64_t{kSamplePiece * sizeof(uint64_t)}));
   }
   dispatch(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     plan.aligned = rows_of_16_bytes<T>(p.logits, p.logits_stride);
-    const bool cut = keeps_top_k(p) || p.top_p < 1.0 || p.min_p > 0.0;
-    if (p.temperature == 0.0f || !cut) {
+    if (one_token) {
       launch(call, "sample best",
              p.temperature == 0.0f ? best_kernel<T, false> : best_kernel<T, true>, blocks, threads,
              0, p, plan);

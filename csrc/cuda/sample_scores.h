@@ -2,13 +2,14 @@
 #pragma once
 
 #include "common/philox.h"
+#include "cuda/pack.h"
 #include "cuda/sample_select.h"
-#include "cuda/vec.h"
 #include "params/sample.h"
 
 namespace gemma2::cuda::sampling {
 
-constexpr int kColumns = 16;  // of a thread
+constexpr int64_t kSamplePiece = 4096;  // columns
+constexpr int kColumns = 16;            // of a thread
 constexpr int kPieceThreads = kSamplePiece / kColumns;
 
 // What is known of a piece, in scratch.
@@ -17,7 +18,6 @@ struct alignas(16) Piece {
   double sum;     // of exp(score - largest)
   uint32_t candidates;
 };
-static_assert(sizeof(Piece) == kSamplePieceRecord, "sample_scratch_bytes() counts with it");
 
 struct Plan {
   Elements elements;
@@ -41,7 +41,7 @@ struct Place {
 // Columns of this thread: packs of 16 bytes, neighbours to its neighbours'.
 template <typename T>
 struct Columns {
-  static constexpr int kCount = Vec<T>::kCount;
+  static constexpr int kCount = pack_count<T>();
   static constexpr int kPacks = kColumns / kCount;
   uint32_t begin;  // of the block's piece
 
@@ -68,7 +68,7 @@ constexpr uint32_t kMinusInfinity<f16_t> = 0xfc00u;
 // 16 bytes of the row from `column` on, -infinity behind its end.
 template <typename T>
 GEMMA2_DEVICE uint4 load_columns(const T* row, uint32_t column, uint32_t vocab, bool aligned) {
-  constexpr int kCount = Vec<T>::kCount, kPerWord = kCount / 4;
+  constexpr int kCount = pack_count<T>(), kPerWord = kCount / 4;
   if (aligned && column + kCount <= vocab)
     return load_once(reinterpret_cast<const uint4*>(row + column));
   uint32_t words[4];
@@ -139,9 +139,10 @@ struct Scores {
     if (penalised || (p.history != nullptr && place.begin == 0)) mark_history(p, place, marks);
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      const Vec<T> x = unpack<T>(packs.at[j]);
+      const uint4 bytes = packs.at[j];
+      const Pack<T, kCount> x = {{bytes.x, bytes.y, bytes.z, bytes.w}};
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) at[j * kCount + i] = x.at[i];
+      for (int i = 0; i < kCount; ++i) at[j * kCount + i] = element(x, i);
       if (!penalised) continue;
       const uint32_t offset = columns(j * kCount) - place.begin;
       const uint32_t marked = load(marks.words + offset / 32) >> (offset % 32);

@@ -24,13 +24,4 @@ struct SampleParams {
 constexpr int64_t kSampleNotFinite = -1;  // a score is NaN or +infinity
 constexpr int64_t kSampleEmpty = -2;      // every score is -infinity
 
-// Scratch memory of the CUDA kernel. It cuts longer rows into pieces of so many columns and keeps a
-// record of each, and room for every column as a candidate: all may be.
-constexpr int64_t kSamplePiece = 4096;
-constexpr int64_t kSamplePieceRecord = 32;  // bytes
-inline int64_t sample_scratch_bytes(int64_t batch, int64_t vocab) {
-  const int64_t pieces = (vocab + kSamplePiece - 1) / kSamplePiece;
-  return pieces > 1 ? batch * pieces * (kSamplePieceRecord + kSamplePiece * 8) : 0;
-}
-
 }  // namespace gemma2

@@ -141,7 +141,8 @@ class CudaCall(ctypes.Structure):
 
     _fields_ = (
         ("stream", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("owner", ctypes.c_void_p),
         ("error", ctypes.c_char_p),
     )
 

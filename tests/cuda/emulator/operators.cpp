@@ -30,6 +30,31 @@ void integers(const char* name, const int64_t* p, int64_t n) {
   add_region(name, p, n * 8, {}, Access::read);
 }
 
+// What kernels allocate becomes a region, while this lives.
+class Working {
+ public:
+  explicit Working(CudaCall& call) : call_(call), owner_(call.owner), allocate_(call.allocate) {
+    call.owner = this;
+    call.allocate = [](void* owner, int64_t bytes) {
+      const Working& self = *static_cast<Working*>(owner);
+      void* p = self.allocate_(self.owner_, bytes);
+      add_region("scratch", p, bytes, {}, Access::scratch);
+      return p;
+    };
+  }
+  ~Working() {
+    call_.owner = owner_;
+    call_.allocate = allocate_;
+  }
+  Working(const Working&) = delete;
+  Working& operator=(const Working&) = delete;
+
+ private:
+  CudaCall& call_;
+  void* owner_;
+  void* (*allocate_)(void*, int64_t);
+};
+
 // The operator's launches with the regions added before; then nothing may be left unwritten.
 template <typename Kernel>
 void run(const char* name, CudaCall& call, const Kernel& kernel) {
@@ -116,6 +141,24 @@ void rope_cache(const RopeParams& p, const CacheWriteParams& cache, CudaCall& ca
   run("rope_cache", call, [&](const CudaKernels& kernels) { kernels.rope_cache(p, cache, call); });
 }
 
+void attention(const AttentionParams& p, CudaCall& call) {
+  clear_regions();
+  heads("q", p.q, p.batch, p.q_heads, p.q_length, p.head_dim, p.q_strides, p.q_dtype, Access::read);
+  heads("k", p.k, p.batch, p.kv_heads, p.capacity, p.head_dim, p.k_strides, p.kv_dtype,
+        Access::read);
+  heads("v", p.v, p.batch, p.kv_heads, p.capacity, p.head_dim, p.v_strides, p.kv_dtype,
+        Access::read);
+  integers("q_start", p.q_start, p.batch);
+  integers("kv_len", p.kv_len, p.batch);
+  integers("kv_start", p.kv_start, p.batch * p.q_length);
+  integers("k_base", p.k_base, p.batch);
+  heads("out", p.out, p.batch, p.q_heads, p.q_length, p.head_dim, p.out_strides, p.q_dtype,
+        Access::write);
+  add_region("lse", p.lse, p.batch * p.q_heads * p.q_length * 4, {}, Access::write);
+  const Working working(call);
+  run("attention", call, [&](const CudaKernels& kernels) { kernels.attention(p, call); });
+}
+
 void geglu(const GegluParams& p, CudaCall& call) {
   clear_regions();
   rows("gate", p.gate, p.rows, p.width, p.gate_stride, p.dtype, Access::read);
@@ -137,10 +180,11 @@ void sample(const SampleParams& p, CudaCall& call) {
   integers("history", p.history, p.batch * p.history_length);
   integers("step", p.step, 1);
   add_region("out", p.out, p.batch * 8, {}, Access::write);
-  add_region("scratch", call.scratch, sample_scratch_bytes(p.batch, p.vocab), {}, Access::scratch);
+  const Working working(call);
   run("sample", call, [&](const CudaKernels& kernels) { kernels.sample(p, call); });
 }
 
+// Not constexpr: the kernels' own table says what exists.
 const CudaKernels kEmulated = {
     .embed = embed,
     .rms_norm = rms_norm,
@@ -148,7 +192,7 @@ const CudaKernels kEmulated = {
     .rope = rope,
     .cache_write = cache_write,
     .rope_cache = rope_cache,
-    .attention = nullptr,
+    .attention = gemma2_cuda_kernels()->attention == nullptr ? nullptr : attention,
     .geglu = geglu,
     .softcap = softcap,
     .linear = nullptr,

@@ -268,7 +268,7 @@ __global__ void layout_too_large(const float* x, float* out, bool bug) {
 // Launches a planted kernel; null or the fault. Unknown names are a fault of the caller.
 extern "C" const char* gemma2_planted(const char* name, void* a, void* b, void* c, bool bug) {
   using namespace gemma2::cuda;
-  gemma2::CudaCall call = {nullptr, nullptr};
+  gemma2::CudaCall call = {};
   const auto is = [&](const char* wanted) { return strcmp(name, wanted) == 0; };
   const auto in = static_cast<const float*>(a);
   const auto out = static_cast<float*>(b);

@@ -51,7 +51,7 @@ __global__ void interpret(const int* program, int steps) {
 
 extern "C" const char* gemma2_interpret(const int* program, int steps, int threads) {
   using namespace gemma2::cuda;
-  gemma2::CudaCall call = {nullptr, nullptr};
+  gemma2::CudaCall call = {};
   launch(call, "interpret", interpret, 1, threads, 0, program, steps);
   return call.error;
 }

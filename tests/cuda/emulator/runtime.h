@@ -23,8 +23,8 @@ constexpr size_t kSharedBytes = 227 * 1024;  // the most a block can have (compu
 // ---- Who ran before whom ----
 //
 // Time is counted in epochs: every barrier that completes begins one, which is that of its threads
-// until their next barrier. An access carries its thread's epoch, and is ordered before what thread b
-// does now iff b has `seen` that epoch of the thread, through one barrier or a chain of them. The
+// until their next barrier. An access carries its thread's epoch, and is ordered before what thread
+// b does now iff b has `seen` that epoch of the thread, through one barrier or a chain of them. The
 // reads of a warp are kept together, under the latest epoch among its lanes: exact, unless lanes of
 // one warp meet in parts (sync_warp with a mask), where a missing order may be seen too soon.
 

@@ -447,7 +447,7 @@ extern "C" __attribute__((visibility("default"))) const char* gemma2_twin(const 
                                                                           int64_t n, void* stream) {
   for (const auto& twin : gemma2::cuda::kTwins) {
     if (strcmp(twin.name, name) != 0) continue;
-    gemma2::CudaCall call = {stream, nullptr};
+    gemma2::CudaCall call = {stream, nullptr, nullptr, nullptr};
     twin.run({a, b, c, d, n}, call);
     return call.error;
   }
