@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def test_splits_take_every_key_once_and_are_equal_but_for_8_keys(plan, keys, spl
     begins = [plan.begin(keys, splits, split) for split in range(splits + 1)]
     assert begins[0] == 0
     assert begins[-1] == keys
-    sizes = [end - begin for begin, end in zip(begins[:-1], begins[1:], strict=True)]
+    sizes = [end - begin for begin, end in itertools.pairwise(begins)]
     assert all(begin % 8 == 0 or begin == keys for begin in begins)
     assert min(sizes) >= 0
     assert max(sizes) - min(sizes) <= 15 if keys % 8 else max(sizes) - min(sizes) <= 8

@@ -56,7 +56,7 @@ def bytes_of(*tensors):
 
 def seen_bytes(args, kw):
     """Of the keys that some query sees, and of their values."""
-    q, k, v, q_start, kv_len, kv_start, k_base = [*args, None, None][:7]
+    q, k, _, q_start, kv_len, kv_start, k_base = [*args, None, None][:7]
     seen = reference.visible(
         q_start, q.shape[2], kv_len, k.shape[2], kv_start, k_base, kw["window"]
     )
