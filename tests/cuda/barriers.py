@@ -121,7 +121,7 @@ def fault_without(barrier: Barrier) -> str | None:
         )
     if done.returncode == 0:
         return None
-    found = re.search(r"kernel \w+, block .*", done.stdout)
+    found = re.search(r"kernel [^,]+, block .*", done.stdout)
     if done.returncode != 1 or " failed" not in done.stdout:
         raise RuntimeError(f"{barrier}: the tests did not run:\n{done.stdout}\n{done.stderr}")
     return found[0] if found else "a wrong result"

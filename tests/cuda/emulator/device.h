@@ -135,16 +135,7 @@ struct Shuffle {
   int source;      // the lane it wants
   uint64_t result;
 };
-inline void shuffle_all(void* const* data, unsigned lanes) {
-  for (int l = 0; l < kWarp; ++l) {
-    if (data[l] == nullptr) continue;
-    Shuffle& mine = *static_cast<Shuffle*>(data[l]);
-    if (!(lanes >> mine.source & 1))
-      emulator::fault("shuffle: lane %d reads lane %d, which is not in the mask 0x%08x", l,
-                      mine.source, lanes);
-    mine.result = static_cast<const Shuffle*>(data[mine.source])->value;
-  }
-}
+void shuffle_all(void* const* data, unsigned lanes);
 template <typename T>
 GEMMA2_DEVICE T shuffle(const char* what, T v, int source, unsigned lanes) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
@@ -159,13 +150,7 @@ struct Vote {
   bool p;
   unsigned ballot;
 };
-inline void vote_all(void* const* data, unsigned) {
-  unsigned ballot = 0;
-  for (int l = 0; l < kWarp; ++l)
-    if (data[l] != nullptr && static_cast<const Vote*>(data[l])->p) ballot |= 1u << l;
-  for (int l = 0; l < kWarp; ++l)
-    if (data[l] != nullptr) static_cast<Vote*>(data[l])->ballot = ballot;
-}
+void vote_all(void* const* data, unsigned lanes);
 GEMMA2_DEVICE unsigned vote(const char* what, bool p, unsigned lanes) {
   Vote mine = {p, 0};
   emulator::meet(what, lanes, &mine, vote_all);

@@ -9,7 +9,7 @@ namespace {
 inline void plain(const void* p, size_t bytes, Kind kind, void* site, bool aligned = true) {
   Runtime& r = rt();
   if (!r.running || r.suspended) return;
-  check_access(*r.current, p, bytes, kind, site, aligned);
+  check_access(*r.current, p, bytes, kind, aligned);
   if (r.counting)
     note_access(*r.current, p, bytes, kind, kind == Kind::read ? "plain read" : "plain write", site,
                 -1);

@@ -78,10 +78,10 @@ std::string name_of(int thread) {
   return text.str();
 }
 
-[[noreturn]] void bad_access(Kind kind, size_t bytes, const std::string& what, void* site) {
+[[noreturn]] void bad_access(Kind kind, size_t bytes, const std::string& what) {
   std::ostringstream text;
   text << verb(kind) << " of " << bytes << " bytes: " << what;
-  stop_with(text.str(), site);
+  stop_with(text.str());
 }
 
 // Reads are kept by warp: the epoch of the latest and the lanes that took part.
@@ -105,25 +105,22 @@ struct Spot {
   }
 };
 
-void check_cell(Cell& cell, const Thread& thread, Kind kind, size_t bytes, const Spot& spot,
-                void* site) {
+void check_cell(Cell& cell, const Thread& thread, Kind kind, size_t bytes, const Spot& spot) {
   Runtime& r = rt();
   if (cell.pending)
     bad_access(kind, bytes,
                spot.name() +
                    ": an asynchronous copy to it is under way: copy_async_wait is missing "
-                   "or waits for too few groups",
-               site);
+                   "or waits for too few groups");
   if (kind != Kind::write && !cell.initialised)
-    bad_access(kind, bytes, spot.name() + ": never written", site);
+    bad_access(kind, bytes, spot.name() + ": never written");
   if (cell.block != r.serial) {
     const bool same_launch = cell.block >= r.first_serial;
     const bool written = cell.writer >= 0 && !(cell.atomic && kind == Kind::atomic);
     if (same_launch && (written || (cell.reader >= 0 && kind != Kind::read)))
       bad_access(kind, bytes,
                  spot.name() + ": race between blocks: another block of the launch " +
-                     (written ? "writes" : "reads") + " it",
-                 site);
+                     (written ? "writes" : "reads") + " it");
     // Two blocks' reads, or two blocks' atomics: the older is forgotten.
     const bool initialised = cell.initialised;
     cell = {};
@@ -135,8 +132,7 @@ void check_cell(Cell& cell, const Thread& thread, Kind kind, size_t bytes, const
       !ordered_before_now(cell.writer, cell.write_epoch))
     bad_access(kind, bytes,
                spot.name() + ": race: thread " + name_of(cell.writer) +
-                   " wrote it, and no barrier stands between",
-               site);
+                   " wrote it, and no barrier stands between");
   if (kind == Kind::read) {
     const uint32_t lane = 1u << thread.lane;
     if (cell.many < 0 && (cell.reader < 0 || cell.reader == thread.warp)) {
@@ -170,8 +166,7 @@ void check_cell(Cell& cell, const Thread& thread, Kind kind, size_t bytes, const
     if (guilty >= 0)
       bad_access(kind, bytes,
                  spot.name() + ": race: a thread of warp " + std::to_string(guilty) +
-                     " read it, and no barrier stands between",
-                 site);
+                     " read it, and no barrier stands between");
   }
   cell.writer = static_cast<int16_t>(thread.index);
   cell.write_epoch = thread.epoch;
@@ -316,70 +311,68 @@ void* static_shared_memory(const void* key, size_t bytes, size_t alignment) {
 
 // ---- Accesses ----
 
-void check_access(const Thread& thread, const void* address, size_t bytes, Kind kind, void* site,
+void check_access(const Thread& thread, const void* address, size_t bytes, Kind kind,
                   bool aligned) {
   Runtime& r = rt();
   const char* p = static_cast<const char*>(address);
   if (p >= r.stacks && p < r.stacks + kMaxThreads * r.stack_bytes) {
     const int owner = static_cast<int>((p - r.stacks) / r.stack_bytes);
     if (owner != thread.index)
-      bad_access(kind, bytes, "local memory of thread " + std::to_string(owner), site);
+      bad_access(kind, bytes, "local memory of thread " + std::to_string(owner));
     return;
   }
   const char* frame = static_cast<const char*>(r.frame);
   if (p >= frame && p + bytes <= frame + r.frame_bytes) {
-    if (kind != Kind::read) bad_access(kind, bytes, "a parameter of the kernel", site);
+    if (kind != Kind::read) bad_access(kind, bytes, "a parameter of the kernel");
     return;
   }
   if (p >= r.shared.data() && p < r.shared.data() + r.shared.size()) {
     const size_t offset = p - r.shared.data() - arena_shift();
     if (aligned && offset % bytes != 0)
-      bad_access(kind, bytes, Spot{nullptr, offset}.name() + ": misaligned", site);
+      bad_access(kind, bytes, Spot{nullptr, offset}.name() + ": misaligned");
     if (!shared_exists(offset, bytes))
       bad_access(kind, bytes,
                  Spot{nullptr, offset}.name() + ": out of bounds: the block has " +
                      std::to_string(r.dynamic_bytes) + " bytes of dynamic shared memory and " +
-                     std::to_string(r.pieces.size()) + " static object(s)",
-                 site);
+                     std::to_string(r.pieces.size()) + " static object(s)");
     for (size_t i = 0; i < bytes; ++i)
-      check_cell(r.shared_cells[offset + i], thread, kind, bytes, {nullptr, offset + i}, site);
+      check_cell(r.shared_cells[offset + i], thread, kind, bytes, {nullptr, offset + i});
     return;
   }
   int64_t offset;
   Region* region = region_of(p, static_cast<int64_t>(bytes), kind, &offset);
   if (region == nullptr) {
     if (kind == Kind::read && in_image(p)) return;  // a constant of the program
-    bad_access(kind, bytes, described(p) + ": out of bounds", site);
+    bad_access(kind, bytes, described(p) + ": out of bounds");
   }
   if (aligned && reinterpret_cast<uintptr_t>(p) % bytes != 0)
-    bad_access(kind, bytes, region->name + " + " + std::to_string(offset) + " bytes: misaligned",
-               site);
+    bad_access(kind, bytes, region->name + " + " + std::to_string(offset) + " bytes: misaligned");
   if (region->access == Access::read) {
-    if (kind != Kind::read) bad_access(kind, bytes, region->name + " is only read", site);
+    if (kind != Kind::read) bad_access(kind, bytes, region->name + " is only read");
     return;
   }
   for (size_t i = 0; i < bytes; ++i)
-    check_cell(region->cell(offset + i), thread, kind, bytes, {region, offset + i}, site);
+    check_cell(region->cell(offset + i), thread, kind, bytes, {region, offset + i});
 }
 
 void read_memory(void* value, const void* p, size_t bytes, const char* wrapper) {
   Runtime& r = rt();
   void* site = __builtin_return_address(0);
-  check_access(*r.current, p, bytes, Kind::read, site);
+  check_access(*r.current, p, bytes, Kind::read);
   if (r.counting) note_access(*r.current, p, bytes, Kind::read, wrapper, site, -1);
   memcpy(value, p, bytes);
 }
 void write_memory(void* p, const void* value, size_t bytes, const char* wrapper) {
   Runtime& r = rt();
   void* site = __builtin_return_address(0);
-  check_access(*r.current, p, bytes, Kind::write, site);
+  check_access(*r.current, p, bytes, Kind::write);
   if (r.counting) note_access(*r.current, p, bytes, Kind::write, wrapper, site, -1);
   memcpy(p, value, bytes);
 }
 void access(const void* p, size_t bytes, Kind kind, const char* wrapper) {
   Runtime& r = rt();
   void* site = __builtin_return_address(0);
-  check_access(*r.current, p, bytes, kind, site);
+  check_access(*r.current, p, bytes, kind);
   if (r.counting) note_access(*r.current, p, bytes, kind, wrapper, site, -1);
 }
 void access_as(int lane, const void* p, size_t bytes, Kind kind, const char* wrapper, int phase) {
@@ -388,7 +381,7 @@ void access_as(int lane, const void* p, size_t bytes, Kind kind, const char* wra
   Thread& thread = r.threads[r.current->warp * kWarpSize + lane];
   Thread* const running = r.current;
   r.current = &thread;
-  check_access(thread, p, bytes, kind, nullptr);  // the running thread's stack shows the line
+  check_access(thread, p, bytes, kind);
   if (r.counting) note_access(thread, p, bytes, kind, wrapper, running->site, phase);
   r.current = running;
 }
@@ -403,16 +396,15 @@ void copy_async(void* shared, const void* global, int bytes, int read) {
   void* site = __builtin_return_address(0);
   const Region* region;
   if (where_is(shared, &region) != Where::shared)
-    stop_with("copy_async: the destination is not shared memory", site);
+    stop_with("copy_async: the destination is not shared memory");
   // Issuing counts as a write: what others have read there must be ordered before it.
-  check_access(me, shared, bytes, Kind::write, site);
+  check_access(me, shared, bytes, Kind::write);
   if (r.counting) note_access(me, shared, bytes, Kind::write, "copy_async", site, -1);
   if (read > 0) {
     if (where_is(global, &region) != Where::global)
       stop_with("copy_async: the source is " + described(static_cast<const char*>(global)) +
-                    ": global memory is wanted",
-                site);
-    check_access(me, global, read, Kind::read, site);
+                ": global memory is wanted");
+    check_access(me, global, read, Kind::read);
     if (r.counting) note_access(me, global, read, Kind::read, "copy_async", site, -1);
   }
   Thread::Copy copy = {};

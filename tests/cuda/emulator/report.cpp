@@ -16,15 +16,20 @@ struct Line {
   std::string file, number;
 };
 
-// The lines of a return address, innermost inlined function first, by binutils' addr2line.
-std::vector<Line> lines_of(void* address) {
-  Dl_info info;
-  if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return {};
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(address) -
-                           reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;  // in the call itself
+// The lines of return addresses, those of an address from the innermost inlined function outwards,
+// by binutils' addr2line: asked once, since it reads all of the debugging information first.
+// Addresses outside this library have none.
+std::vector<Line> lines_of(void* const* addresses, int n) {
+  Dl_info mine, info;
+  if (dladdr(reinterpret_cast<void*>(&rt), &mine) == 0) return {};
   std::ostringstream command;
-  command << "addr2line -i -e '" << info.dli_fname << "' 0x" << std::hex << offset
-          << " 2>/dev/null";
+  command << "addr2line -i -e '" << mine.dli_fname << "'" << std::hex;
+  for (int i = 0; i < n; ++i) {
+    if (dladdr(addresses[i], &info) == 0 || info.dli_fbase != mine.dli_fbase) continue;
+    // in the call itself
+    command << " 0x" << static_cast<char*>(addresses[i]) - static_cast<char*>(info.dli_fbase) - 1;
+  }
+  command << " 2>/dev/null";
   FILE* pipe = popen(command.str().c_str(), "r");
   if (pipe == nullptr) return {};
   std::vector<Line> lines;
@@ -54,7 +59,18 @@ std::string shortened(const std::string& file) {
   return file;
 }
 
-// The first line of a kernel file, that is the place the author of a kernel looks for.
+bool contains(const std::string& text, const char* part) {
+  return text.find(part) != std::string::npos;
+}
+
+// The emulator itself, what stands in for the device, and libraries: no place to look for a fault.
+bool is_kernel_code(const std::string& file) {
+  if (ends_with(file, ".cu")) return true;
+  return contains(file, "/csrc/") && !contains(file, "/csrc/cuda/ptx.h") &&
+         !contains(file, "/csrc/cuda/launch.h");
+}
+
+// The innermost line of the kernels' code, and the line of the kernel file that called it.
 std::string find_line(void* site) {
   void* stack[64];
   int depth = 1;
@@ -62,10 +78,18 @@ std::string find_line(void* site) {
     stack[0] = site;
   else
     depth = backtrace(stack, 64);
-  for (int i = 0; i < depth; ++i)
-    for (const Line& line : lines_of(stack[i]))
-      if (ends_with(line.file, ".cu")) return shortened(line.file) + ":" + line.number;
-  return "unknown line (is binutils' addr2line installed?)";
+  std::string text;
+  for (const Line& line : lines_of(stack, depth)) {
+    if (!is_kernel_code(line.file)) continue;
+    const std::string place = shortened(line.file) + ":" + line.number;
+    const bool in_kernel_file = ends_with(line.file, ".cu");
+    if (text.empty())
+      text = place;
+    else if (in_kernel_file)
+      text += " (called at " + place + ")";
+    if (in_kernel_file) return text;
+  }
+  return text.empty() ? "unknown line (is binutils' addr2line installed?)" : text;
 }
 
 }  // namespace

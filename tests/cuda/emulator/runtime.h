@@ -197,12 +197,12 @@ Runtime& rt();
 void wait_here(const char* what, void* site);  // until make_ready
 void make_ready(int thread);
 bool ordered_before_now(int thread, uint32_t epoch);  // for the current thread
-[[noreturn]] void stop_with(std::string text, void* site = nullptr);
+[[noreturn]] void stop_with(std::string text);        // the running thread's fault, at its line
 
 // ---- memory.cpp ----
 void begin_block_memory();
-// An access of `thread`, checked; `site` is a place in the code.
-void check_access(const Thread& thread, const void* p, size_t bytes, Kind kind, void* site,
+// An access of `thread`, checked.
+void check_access(const Thread& thread, const void* p, size_t bytes, Kind kind,
                   bool aligned = true);
 enum class Where { shared, global, other };
 Where where_is(const void* p, const Region** region);

@@ -281,10 +281,10 @@ void wait_here(const char* what, void* site) {
   back_to_scheduler();
 }
 
-void stop_with(std::string text, void* site) {
+void stop_with(std::string text) {
   Runtime& r = rt();
   r.suspended = true;
-  r.text = place() + ", " + line_of(site) + ": " + text;
+  r.text = place() + ", " + line_of(nullptr) + ": " + text;
   r.failed = true;
   back_to_scheduler();
   __builtin_unreachable();
