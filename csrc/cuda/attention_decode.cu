@@ -1,11 +1,10 @@
 // attention, few rows a key/value head (decode, drafts to verify): out = softmax(mask(cap
 // tanh(scale q k / cap))) v, by splits of the visible keys.
 //
-// 1. decode split: a block of 4 warps takes a split of a key/value head's keys. Its rows are
-// queries
-//    x heads of the group, at most 16, so keys and values are read once for all of them. Keys go by
-//    in tiles of 32 (D = 256) or 64, as units of 16 KB (D = 64: 8 KB): the tile's K, then its V.
-//    Four units have room; three are on their way while one is used; one barrier a unit.
+// 1. decode split: a block of 4 warps takes a split of a key/value head's keys. Its rows, at most
+//    16, are queries x heads of the group, so keys and values are read once for all of them. Keys
+//    go by in tiles of 32 (D = 256) or 64, as units of 16 KB (D = 64: 8 KB): a tile's K, then its
+//    V. Four units have room; three are on their way while one is used; one barrier a unit.
 //      K: a warp multiplies q (in registers) with its quarter of the keys, caps, masks and leaves
 //         scores (base 2, float32) in shared memory.
 //      V: every warp makes probabilities of all scores, which costs less than another barrier, and
@@ -21,14 +20,16 @@
 // Planned: 128 threads; 168 registers and 75 or 73 KB of shared memory at D = 256 and 128, 128
 // registers and 39 KB at 64. So 3, 3 and 4 blocks are resident on sm_90 and sm_100, 2, 2 and 4 on
 // sm_80, 1, 1 and 2 on sm_86; each keeps 48 to 64 KB (D = 64: half) under way.
+//
 // Bound by memory: 4 D bytes a key and key/value head, each moved once; partial sums are 4 (D + 4)
-// bytes a row and split, written and read once. Short contexts: by the latency of two launches,
-// hence small units and all copies started before the first wait. Tried: the 8 copies of a unit in
-// a loop of 2 or 4 save 20 registers at D = 128 and spill at 256.
+// bytes a row and split, written and read once. With short contexts, by the latency of two
+// launches: hence small units, all copies started before the first wait, and loops that are not
+// unrolled where they run once (instructions have to be fetched, too).
+//
+// Tried: the 8 copies of a unit in a loop of 2 or 4 save 20 registers at D = 128 and spill at 256.
 //
 // Called by csrc/cuda/attention.cu; the number of splits: csrc/common/attention_plan.h.
 
-#include <math.h>
 #ifdef GEMMA2_EMULATE
 #include <stdlib.h>
 #endif
@@ -36,6 +37,8 @@
 #include "common/attention_plan.h"
 #include "common/mutate.h"
 #include "common/visibility.h"
+#include "cuda/attention_softmax.h"
+#include "cuda/attention_tile.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
 
@@ -47,8 +50,6 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kUnits = 4;             // that shared memory holds
 constexpr int kReservedBytes = 1024;  // of shared memory, in each block
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 // Keys [begin, end), counted from the first that any row sees.
 struct alignas(8) Range {
@@ -59,21 +60,19 @@ template <int kDim>
 struct DecodeTile {
   static constexpr int kKeys = kDim == 256 ? 32 : 64;
   using Mask = std::conditional_t<kKeys == 32, uint32_t, uint64_t>;  // a bit a key
-  static constexpr int kChunks = kDim / 8;                           // of 16 bytes, in a row
+  static constexpr int kChunks = TileRows<kDim>::kChunks;            // of 16 bytes, in a row
   static constexpr int kRowStep = kThreads / kChunks;  // rows that the block copies at once
   static constexpr int kWarpKeys = kKeys / kWarps;     // of a warp, in the product with K
   static constexpr int kWarpDim = kDim / kWarps;       // of a warp, in the product with V
   static constexpr int kBlocks = kDim == 64 ? 4 : 3;   // wanted on a multiprocessor
   static constexpr int kScoreStride = kKeys + 8;       // so that rows of scores begin 8 banks apart
 
-  // Chunk i of row r is stored at i ^ (r % 8), or all rows of a matrix would begin in one bank.
   struct alignas(128) Shared {
-    uint4 units[kUnits][kKeys * kChunks];
-    uint4 q[kRows * kChunks];
+    unsigned char units[kUnits][kKeys * TileRows<kDim>::kBytes];
+    unsigned char q[kRows * TileRows<kDim>::kBytes];
     float scores[kRows * kScoreStride];
     Range rows[kWarps][kRows];  // what each row sees of the split; every warp has its own copy
   };
-  GEMMA2_DEVICE static int place(int row, int chunk) { return row * kChunks + (chunk ^ (row & 7)); }
 };
 
 struct Sums {   // of a row over a split's keys
@@ -85,23 +84,23 @@ struct Sums {   // of a row over a split's keys
 
 struct Decode {
   AttentionParams p;
-  int rows, group, splits;
-  float* o;    // [batch * kv_heads, splits, rows, D]; null if there is one split
-  Sums* sums;  // [batch * kv_heads, splits, rows]
-  bool capped;
-  float tanh_scale;      // of q k, for 2 x log2(e)
-  float exponent_scale;  // of tanh, or of q k where nothing is capped
+  SoftmaxScales scales;
+  int kv_heads, rows, group, splits;
+  int inverse_group;  // 256 / group, rounded up
+  float* o;           // [batch * kv_heads, splits, rows, D]; null if there is one split
+  Sums* sums;         // [batch * kv_heads, splits, rows]
 };
 
-// log2 of p for the product q k.
+// Rows are query by query: row r is head r % group of query r / group, which is exact for r < 16.
+GEMMA2_DEVICE int query_of(const Decode& d, int row) { return row * d.inverse_group >> 8; }
+GEMMA2_DEVICE int64_t head_of(const Decode& d, int64_t kv_head, int row) {
+  return kv_head * d.group + row - query_of(d, row) * d.group;
+}
+
+// log2 of p, of a row that sees the key.
 template <bool kOnline>
-GEMMA2_DEVICE float exponent(float product, const Decode& d) {
-  if (kOnline && !d.capped) return product * d.exponent_scale;
-  // tanh |x| = 1 - 2 / (1 + e^2|x|), within a few units of 2^-24.
-  const float x = product * d.tanh_scale;
-  const float tanh = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(fabsf(x)));
-  return d.exponent_scale *
-         __uint_as_float(__float_as_uint(tanh) | (__float_as_uint(x) & 0x80000000u));
+GEMMA2_DEVICE float exponent(float score, const SoftmaxScales& scales) {
+  return kOnline && !scales.capped ? score * scales.exp2_scale : capped_exponent(score, scales);
 }
 
 // What a block works on.
@@ -126,6 +125,7 @@ GEMMA2_DEVICE Work work_of(const Decode& d, int64_t b, int split, int lane, Rang
     }
   }
   int64_t first = lo, end = hi;
+#pragma unroll 1
   for (int bits = 1; bits < p.q_length; bits *= 2) {
     const int64_t other_first = shuffle_xor(first, bits), other_end = shuffle_xor(end, bits);
     first = other_first < first ? other_first : first;
@@ -142,9 +142,10 @@ GEMMA2_DEVICE Work work_of(const Decode& d, int64_t b, int split, int lane, Rang
   if (lo < hi)
     sees = {max(static_cast<int>(lo - first), work.keys.begin),
             min(static_cast<int>(hi - first), work.keys.end)};
+#pragma unroll 1
   for (int row = lane * d.group; lane < p.q_length && row < (lane + 1) * d.group; ++row)
     store(&rows[row], sees);
-  for (int row = d.rows + lane; row < kRows; row += kWarp) store(&rows[row], Range{0, 0});
+  if (lane >= d.rows && lane < kRows) store(&rows[lane], Range{0, 0});
   sync_warp();
   return work;
 }
@@ -158,6 +159,7 @@ GEMMA2_DEVICE typename Tile::Mask seen_keys(const Decode& d, const Range* rows, 
   for (int half = 0; half < Tile::kKeys / kWarp; ++half) {
     const int key = begin + half * kWarp + lane;
     bool sees = false;
+#pragma unroll 1
     for (int row = 0; row < d.rows; row += d.group) {
       const Range range = load(&rows[row]);
       sees |= key >= range.begin && key < range.end;
@@ -169,8 +171,8 @@ GEMMA2_DEVICE typename Tile::Mask seen_keys(const Decode& d, const Range* rows, 
 
 // Starts the copies of one unit: the rows `from` of the keys from `begin` on.
 template <typename T, int kDim>
-GEMMA2_DEVICE void copy_unit(uint4* unit, const T* from, int stride, const Work& work, int begin,
-                             typename DecodeTile<kDim>::Mask seen, int capacity) {
+GEMMA2_DEVICE void copy_unit(unsigned char* unit, const T* from, int stride, const Work& work,
+                             int begin, typename DecodeTile<kDim>::Mask seen, int capacity) {
   using Tile = DecodeTile<kDim>;
   const int chunk = threadIdx.x % Tile::kChunks, row = threadIdx.x / Tile::kChunks;
 #pragma unroll
@@ -180,12 +182,12 @@ GEMMA2_DEVICE void copy_unit(uint4* unit, const T* from, int stride, const Work&
     int slot = work.first_slot + begin + r;
     if (slot >= capacity) slot -= capacity;
     const T* key = valid ? from + int64_t{slot} * stride + chunk * 8 : from;
-    copy_async<16>(&unit[Tile::place(r, chunk)], key, valid);
+    copy_async<16>(unit + tile_offset<kDim>(r, chunk), key, valid);
   }
 }
 
 template <typename T, int kDim>
-GEMMA2_DEVICE void copy_queries(uint4* q, const Decode& d, int64_t b, int64_t kv_head) {
+GEMMA2_DEVICE void copy_queries(unsigned char* q, const Decode& d, int64_t b, int64_t kv_head) {
   using Tile = DecodeTile<kDim>;
   const AttentionParams& p = d.p;
   const int chunk = threadIdx.x % Tile::kChunks;
@@ -194,9 +196,10 @@ GEMMA2_DEVICE void copy_queries(uint4* q, const Decode& d, int64_t b, int64_t kv
   for (int i = 0; i < kRows; i += Tile::kRowStep) {
     const int r = threadIdx.x / Tile::kChunks + i;
     const bool valid = r < d.rows;
-    const int64_t column = valid ? r / d.group : 0, head = kv_head * d.group + r % d.group;
-    const T* row = valid ? from + head * p.q_strides.h + column * p.q_strides.s : from;
-    copy_async<16>(&q[Tile::place(r, chunk)], row, valid);
+    const T* row = valid ? from + head_of(d, kv_head, r) * p.q_strides.h +
+                               int64_t{query_of(d, r)} * p.q_strides.s
+                         : from;
+    copy_async<16>(q + tile_offset<kDim>(r, chunk), row, valid);
   }
 }
 
@@ -205,12 +208,13 @@ template <int kDim>
 struct State {
   uint32_t q[kDim / 16][4];
   float o[DecodeTile<kDim>::kWarpDim / 8][4];
-  float sum[2], exact[2], most[2];
+  SoftmaxState softmax;
 };
 
 template <typename T, int kDim, bool kOnline>
-GEMMA2_DEVICE void multiply_keys(const Decode& d, const uint4* keys, const State<kDim>& state,
-                                 float* scores, const Range* rows, int begin) {
+GEMMA2_DEVICE void multiply_keys(const Decode& d, const unsigned char* keys,
+                                 const State<kDim>& state, float* scores, const Range* rows,
+                                 int begin) {
   using Tile = DecodeTile<kDim>;
   constexpr int kTiles = Tile::kWarpKeys / 8;
   const int lane = threadIdx.x % kWarp, first = threadIdx.x / kWarp * Tile::kWarpKeys;
@@ -221,7 +225,7 @@ GEMMA2_DEVICE void multiply_keys(const Decode& d, const uint4* keys, const State
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       uint32_t k[4];
-      ldmatrix(k, &keys[Tile::place(first + n * 8 + lane % 8, i * 4 + lane / 8)]);
+      ldmatrix(k, keys + tile_offset<kDim>(first + n * 8 + lane % 8, i * 4 + lane / 8));
       mma_16x8x16<T>(product[n], state.q[2 * i], {k[0], k[1]});
       mma_16x8x16<T>(product[kTiles == 1 ? 1 : n], state.q[2 * i + 1], {k[2], k[3]});
     }
@@ -239,7 +243,8 @@ GEMMA2_DEVICE void multiply_keys(const Decode& d, const uint4* keys, const State
       for (int e = 0; e < 2; ++e) {
         float x = product[n][half * 2 + e];
         if (kTiles == 1) x += product[1][half * 2 + e];
-        s[e] = key + e >= range.begin && key + e < range.end ? exponent<kOnline>(x, d) : -INFINITY;
+        s[e] = key + e >= range.begin && key + e < range.end ? exponent<kOnline>(x, d.scales)
+                                                             : -INFINITY;
       }
       store(reinterpret_cast<float2*>(&scores[row * Tile::kScoreStride + column]),
             float2{s[0], s[1]});
@@ -248,11 +253,12 @@ GEMMA2_DEVICE void multiply_keys(const Decode& d, const uint4* keys, const State
 }
 
 template <typename T, int kDim, bool kOnline>
-GEMMA2_DEVICE void multiply_values(const Decode& d, const uint4* values, State<kDim>& state,
+GEMMA2_DEVICE void multiply_values(const Decode& d, const unsigned char* values, State<kDim>& state,
                                    const float* scores) {
   using Tile = DecodeTile<kDim>;
   constexpr int kSteps = Tile::kKeys / 16;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  SoftmaxState& softmax = state.softmax;
   uint32_t p[kSteps][4];  // A fragments
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -267,15 +273,15 @@ GEMMA2_DEVICE void multiply_values(const Decode& d, const uint4* values, State<k
     for (int i = 0; i < 2 * kSteps; ++i) s[i] = load(reinterpret_cast<const float2*>(row + i * 8));
     float offset = 0;
     if constexpr (kOnline) {
-      float most = state.most[half];
+      float most = softmax.m[half];
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) most = fmaxf(most, fmaxf(s[i].x, s[i].y));
       most = max_warp<4>(most);
       offset = most == -INFINITY ? 0.0f : most;
-      const float shrink = exp2_approx(state.most[half] - offset);
-      state.most[half] = most;
-      state.sum[half] *= shrink;
-      state.exact[half] *= shrink;
+      const float shrink = exp2_approx(softmax.m[half] - offset);
+      softmax.m[half] = most;
+      softmax.l[half] *= shrink;
+      softmax.exact[half] *= shrink;
 #pragma unroll
       for (int n = 0; n < Tile::kWarpDim / 8; ++n) {
         state.o[n][half * 2] *= shrink;
@@ -285,10 +291,9 @@ GEMMA2_DEVICE void multiply_values(const Decode& d, const uint4* values, State<k
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) {
       const float x = exp2_approx(s[i].x - offset), y = exp2_approx(s[i].y - offset);
-      state.exact[half] += x + y;
       const uint32_t word = pack2<T>(x, y);
-      state.sum[half] +=
-          to_float(T{static_cast<uint16_t>(word)}) + to_float(T{static_cast<uint16_t>(word >> 16)});
+      softmax.exact[half] += x + y;
+      softmax.l[half] += sum_of_rounded<T>(word);
       p[i / 2][i % 2 * 2 + half] = word;
     }
   }
@@ -296,11 +301,10 @@ GEMMA2_DEVICE void multiply_values(const Decode& d, const uint4* values, State<k
   for (int i = 0; i < kSteps; ++i) {
 #pragma unroll
     for (int n = 0; n < Tile::kWarpDim / 8; n += 2) {
-      uint32_t v[4];
-      ldmatrix_transposed(v, &values[Tile::place(i * 16 + lane % 16,
-                                                 (warp * Tile::kWarpDim + n * 8) / 8 + lane / 16)]);
-      mma_16x8x16<T>(state.o[n], p[i], {v[0], v[1]});
-      mma_16x8x16<T>(state.o[n + 1], p[i], {v[2], v[3]});
+      uint32_t v[2][2];
+      load_values<kDim>(v[0], v[1], values, i * 16, (warp * Tile::kWarpDim + n * 8) / 16);
+      mma_16x8x16<T>(state.o[n], p[i], v[0]);
+      mma_16x8x16<T>(state.o[n + 1], p[i], v[1]);
     }
   }
 }
@@ -322,12 +326,12 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
   auto& shared = dynamic_shared<typename Tile::Shared>();
   const AttentionParams& p = d.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t b = blockIdx.x / p.kv_heads, kv_head = blockIdx.x % p.kv_heads;
+  const int64_t b = blockIdx.x / d.kv_heads, kv_head = blockIdx.x % d.kv_heads;
   Range* rows = shared.rows[warp];
   const Work work = work_of(d, b, blockIdx.y, lane, rows);
 
   State<kDim> state = {};
-  state.most[0] = state.most[1] = kOnline ? -INFINITY : 0.0f;
+  state.softmax = softmax_start();
   if (work.keys.begin < work.keys.end) {
     const T* k = static_cast<const T*>(p.k) + b * p.k_strides.b + kv_head * p.k_strides.h;
     const T* v = static_cast<const T*>(p.v) + b * p.v_strides.b + kv_head * p.v_strides.h;
@@ -352,8 +356,7 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
     copy_async_wait<kUnits - 1>();
     sync_block();
 #pragma unroll
-    for (int i = 0; i < kDim / 16; ++i)
-      ldmatrix(state.q[i], &shared.q[Tile::place(lane % 16, 2 * i + lane / 16)]);
+    for (int i = 0; i < kDim / 16; ++i) load_rows<kDim>(state.q[i], shared.q, 0, i);
 
     // Past a barrier, what was waited for is there, and all are done with the unit before.
     for (int tile = 0; tile < tiles; ++tile) {
@@ -372,13 +375,15 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
     }
   }
 
+  finish(state.softmax);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float sum = sum_warp<4>(state.sum[half]), exact = sum_warp<4>(state.exact[half]);
+    const float sum = state.softmax.l[half], exact = state.softmax.exact[half];
+    const float most = kOnline ? state.softmax.m[half] : 0.0f;
     const int row = lane / 4 + half * 8;
     if (row >= d.rows) continue;
     const int column = warp * Tile::kWarpDim + lane % 4 * 2;
-    const int64_t query = row / d.group, head = kv_head * d.group + row % d.group;
+    const int64_t query = query_of(d, row), head = head_of(d, kv_head, row);
     const bool first = warp == 0 && lane % 4 == 0;
     if (d.splits == 1) {
       const float scale = sum == 0 ? 0.0f : 1.0f / sum;
@@ -387,8 +392,7 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
         store_pair<T>(p, b, head, query, column + n * 8, state.o[n][half * 2] * scale,
                       state.o[n][half * 2 + 1] * scale);
       if (first)
-        store(&p.lse[(b * p.q_heads + head) * p.q_length + query],
-              log_sum_exp(exact, state.most[half]));
+        store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(exact, most));
       continue;
     }
     const int64_t at = (int64_t{blockIdx.x} * d.splits + blockIdx.y) * d.rows + row;
@@ -396,8 +400,7 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
     for (int n = 0; n < Tile::kWarpDim / 8; ++n)
       store(reinterpret_cast<float2*>(d.o + at * kDim + column + n * 8),
             float2{state.o[n][half * 2], state.o[n][half * 2 + 1]});
-    if (first)
-      store(reinterpret_cast<float4*>(d.sums + at), float4{sum, exact, state.most[half], 0});
+    if (first) store(reinterpret_cast<float4*>(d.sums + at), float4{sum, exact, most, 0});
   }
 }
 
@@ -419,8 +422,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
   Combine& shared = static_shared<Combine>();
   const AttentionParams& p = d.p;
   const int thread = threadIdx.x, group = thread / kPacks, first = blockIdx.y * kColumns;
-  const int64_t sequence = blockIdx.x / d.rows, row = blockIdx.x % d.rows;
-  const int64_t at = sequence * d.splits * d.rows + row;
+  const int sequence = blockIdx.x / d.rows, row = blockIdx.x % d.rows;
+  const int64_t at = int64_t{sequence} * d.splits * d.rows + row;
 
   // All that is read, at once.
   float4 part[kMaxSplits / kGroups];
@@ -459,8 +462,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
   store(reinterpret_cast<float4*>(&shared.o[group][thread % kPacks * 4]), o);
   sync_block();
 
-  const int64_t b = sequence / p.kv_heads, query = row / d.group;
-  const int64_t head = sequence % p.kv_heads * d.group + row % d.group;
+  const int64_t b = sequence / d.kv_heads, query = query_of(d, row);
+  const int64_t head = head_of(d, sequence % d.kv_heads, row);
   if (thread < kColumns / 2) {
     float x = 0, y = 0;
 #pragma unroll
@@ -550,23 +553,22 @@ bool attention_decode_takes(const AttentionParams& p) {
 
 void attention_decode(const AttentionParams& p, CudaCall& call) {
   const float softcap = mutated(Mutation::cap_dropped) ? 0.0f : p.softcap;
-  const bool capped = softcap > 0;
   const int group = static_cast<int>(p.q_heads / p.kv_heads);
   const Decode d = {
       .p = p,
+      .scales = softmax_scales(p.scale, softcap),
+      .kv_heads = static_cast<int>(p.kv_heads),
       .rows = static_cast<int>(p.q_length) * group,
       .group = group,
       .splits = 1,
+      .inverse_group = (256 + group - 1) / group,
       .o = nullptr,
       .sums = nullptr,
-      .capped = capped,
-      .tanh_scale = capped ? 2 * kLog2E * p.scale / softcap : 0.0f,
-      .exponent_scale = kLog2E * (capped ? softcap : p.scale),
   };
   if (d.rows == 0) return;
   if (p.q_dtype == DType::f16)
     run<f16_t, true>(d, call);
-  else if (capped && softcap <= 64)
+  else if (bounded_by(softcap))
     run<bf16_t, false>(d, call);
   else
     run<bf16_t, true>(d, call);
