@@ -159,22 +159,41 @@ GEMMA2_DEVICE Steps find_steps(const SeenKeys& seen) {
   return {begin / 16, (end + 15) / 16, false};
 }
 
+// The keys of the tile from `start` on that some row of the block sees, a bit each. They are all of
+// the span's unless documents leave gaps.
+template <int kDim>
+GEMMA2_DEVICE uint64_t seen_by_some(const Layout<kDim>& tile, int start) {
+  uint64_t seen = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = i * kWarp + threadIdx.x % kWarp;
+    const int begin = max(load(&tile.lo[row]) - start, 0);
+    const int end = min(load(&tile.hi[row]) - start, kKeys);
+    if (begin < end) seen |= ~uint64_t{0} >> (kKeys - (end - begin)) << begin;
+  }
+#pragma unroll
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) seen |= shuffle_xor(seen, bits);
+  return seen;
+}
+
 // ---- Copies ----
 
 // Starts copying the tile of keys from `start` on; keys that nobody sees become zeros.
 template <typename T, int kDim>
-GEMMA2_DEVICE void copy_tile(unsigned char* tile, const void* x, int64_t stride, int start,
-                             const Span& span, uint32_t capacity) {
+GEMMA2_DEVICE void copy_tile(unsigned char* to, const void* x, int64_t stride, int start,
+                             const Span& span, const AttentionParams& p, const Layout<kDim>& tile) {
   constexpr int kChunks = TileRows<kDim>::kChunks, kAtOnce = kThreads / kChunks;
   const int chunk = threadIdx.x % kChunks;
+  const uint64_t some = p.kv_start == nullptr ? ~uint64_t{0} : seen_by_some(tile, start);
+  const uint32_t capacity = static_cast<uint32_t>(p.capacity);
 #pragma unroll 4
   for (int key = threadIdx.x / kChunks; key < kKeys; key += kAtOnce) {
-    const int seen = start + key - span.begin;  // which of the visible keys it is
-    const bool valid = seen >= 0 && start + key < span.end;
-    // At most `capacity` keys are visible, so a ring wraps once.
-    uint32_t slot = span.slot + static_cast<uint32_t>(seen);
+    const int nth = start + key - span.begin;  // of the span's keys
+    const bool valid = nth >= 0 && start + key < span.end && (some >> key & 1);
+    // The span has at most `capacity` keys, so a ring wraps once.
+    uint32_t slot = span.slot + static_cast<uint32_t>(nth);
     if (slot >= capacity) slot -= capacity;
-    copy_async<16>(tile + tile_offset<kDim>(key, chunk),
+    copy_async<16>(to + tile_offset<kDim>(key, chunk),
                    static_cast<const T*>(x) + (valid ? slot : 0) * stride + chunk * 8, valid);
   }
 }
@@ -277,11 +296,12 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
     const T* k = static_cast<const T*>(p.k) + b * p.k_strides.b + h * p.k_strides.h;
     const T* v = static_cast<const T*>(p.v) + b * p.v_strides.b + h * p.v_strides.h;
     end = span.end;
+    sync_block();  // everyone knows what the rows see
     if (end > 0) {
       copy_queries<T, kDim>(tile.q, p, plan, b, h, first);
-      copy_tile<T, kDim>(tile.k, k, p.k_strides.s, 0, span, p.capacity);
+      copy_tile<T, kDim>(tile.k, k, p.k_strides.s, 0, span, p, tile);
       copy_async_commit();
-      copy_tile<T, kDim>(tile.v, v, p.v_strides.s, 0, span, p.capacity);
+      copy_tile<T, kDim>(tile.v, v, p.v_strides.s, 0, span, p, tile);
       copy_async_commit();
     }
     if (lane == 0) {
@@ -315,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
     sync_block();  // K has been used
     if (more)
       copy_tile<T, kDim>(tile.k, load(&tile.kept[warp].k), p.k_strides.s, start + kKeys,
-                         load(&tile.kept[warp].span), p.capacity);
+                         load(&tile.kept[warp].span), p, tile);
     copy_async_commit();
 
     const SeenKeys seen = seen_keys(tile, start);
@@ -341,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
     sync_block();  // V has been used
     if (more)
       copy_tile<T, kDim>(tile.v, load(&tile.kept[warp].v), p.v_strides.s, start + kKeys,
-                         load(&tile.kept[warp].span), p.capacity);
+                         load(&tile.kept[warp].span), p, tile);
     copy_async_commit();
   }
 

@@ -104,3 +104,26 @@ def test_prefill_has_no_bank_conflicts_and_stores_whole_sectors(prefill, dim, dt
     lse = counters["region_written"]["lse"]
     assert written["bytes"] - lse == 100 * 3 * dim * 2
     assert 32 * written["sectors"] <= written["bytes"] - lse + 32 * lse // 4
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_prefill_reads_no_key_in_a_gap_between_documents(emulator, dtype):
+    """Queries of padding between two documents see nothing, and nobody sees its keys."""
+    length, gap, dim = 100, slice(40, 55), 64
+    q, k, v = torch.randn(3, 1, 1, length, dim).to(dtype)
+    k[:, :, gap], v[:, :, gap] = torch.nan, torch.nan
+    kv_start = torch.zeros(1, length, dtype=torch.int64)
+    kv_start[:, gap] = length
+    kv_start[:, gap.stop :] = gap.stop
+    args = (q, k, v, torch.tensor([0]), torch.tensor([length]), kv_start)
+    with emulator.counting() as counters:
+        out, lse = ops.attention(*args, scale=dim**-0.5, softcap=50.0)
+    real = torch.ones(length, dtype=torch.bool)
+    real[gap] = False
+    assert out[:, :, real].isfinite().all()
+    assert lse[:, :, real].isfinite().all()
+    assert (out[:, :, gap] == 0).all()
+    assert (lse[:, :, gap] == -torch.inf).all()
+    read = counters[KERNEL]["region_read"]
+    # Rows 0 to 63 see 40 keys and 9 more, the others 45 of the second document.
+    assert read["k"] == read["v"] == (40 + 9 + 45) * dim * 2
