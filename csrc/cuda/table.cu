@@ -15,6 +15,7 @@ void add_rms_norm(const AddRmsNormParams&, CudaCall&);
 void rope(const RopeParams&, CudaCall&);
 void cache_write(const CacheWriteParams&, CudaCall&);
 void rope_cache(const RopeParams&, const CacheWriteParams&, CudaCall&);
+void attention(const AttentionParams&, CudaCall&);
 void geglu(const GegluParams&, CudaCall&);
 void softcap(const SoftcapParams&, CudaCall&);
 void sample(const SampleParams&, CudaCall&);
@@ -28,7 +29,7 @@ const CudaKernels kKernels = {
     .rope = rope,
     .cache_write = cache_write,
     .rope_cache = rope_cache,
-    .attention = nullptr,  // gemma2.ops.attention sends CUDA tensors to the reference
+    .attention = attention,
     .geglu = geglu,
     .softcap = softcap,
     .linear = nullptr,  // gemma2.ops.linear leaves dense products to torch's cuBLAS

@@ -19,9 +19,9 @@ _BACKWARD_ELEMENTS = 1 << 24
 
 def _why_reference(q: Tensor) -> str:
     """Why the kernel cannot serve q; empty if it can."""
-    if q.shape[-1] not in _NATIVE_HEAD_DIMS:
-        return f"head_dim {q.shape[-1]} has no kernel (64, 128 and 256 have)"
-    return "there is no CUDA kernel yet" if q.is_cuda else ""
+    if q.shape[-1] in _NATIVE_HEAD_DIMS:
+        return ""
+    return f"head_dim {q.shape[-1]} has no kernel (64, 128 and 256 have)"
 
 
 def attention(
@@ -73,8 +73,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or strides do not fit, ``softcap < 0`` or ``window < 0``.
 
-    Head dims other than 64, 128 and 256, and tensors on CUDA devices, run through
-    :mod:`gemma2.reference`, which is said once.
+    Head dims other than 64, 128 and 256 run through :mod:`gemma2.reference`, which is said once.
     """
     if _why_reference(q) and q.dim() == k.dim() == v.dim() == 4:
         return _attention_by_reference(

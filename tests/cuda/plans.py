@@ -13,10 +13,14 @@ LOAD_128 = r"LDG\.E\b.*\.128\b"  # 16 bytes of global memory at a time
 LOAD_64 = r"LDG\.E\b.*\.64\b"
 STORE_128 = r"STG\.E\b.*\.128\b"
 STORE_64 = r"STG\.E\b.*\.64\b"
+COPY_128 = r"LDGSTS\.E\b.*\.128\b"  # the same into shared memory, without waiting
+TENSOR_CORES = r"HMMA\.16816\.F32\b"
+LOAD_MATRIX = r"LDSM\.16\.M88\.4$"
+LOAD_TRANSPOSED = r"LDSM\.16\.MT88\.4$"
 # 4 bytes of global memory or fewer at a time.
 NARROW = r"(LDG|STG)\.E(\.NA|\.CONSTANT|\.[US](8|16))*$"
 
-FLOAT64 = r"D[A-Z]+\b|.*\bF64\b"
+FLOAT64 = r"D(?!EPBAR)[A-Z]+\b|.*\bF64\b"  # DEPBAR waits for copies
 PRINTF = r"STL"  # the arguments of the message before a stop
 
 
@@ -89,6 +93,18 @@ _piece = Plan(
 )  # fmt: skip
 
 # The first that fits counts.
+# Two products and their operands: keys by rows, values transposed.
+_products = (COPY_128, TENSOR_CORES, LOAD_MATRIX, LOAD_TRANSPOSED)
+# The fewest warps are sm_86's: its shared memory holds one block at head_dim 256 and 128, two at 64.
+_decode = Plan(
+    "attention_decode split<*, 256, *>", threads=128, registers=168, warps=4, dynamic_shared=76800,
+    expects=_products,
+)  # fmt: skip
+_prefill = Plan(
+    "attention_prefill<*, 256, *>", threads=128, registers=255, warps=4, dynamic_shared=98944,
+    expects=_products,
+)  # fmt: skip
+
 PLANS = (
     *from_to(
         Plan(
@@ -108,6 +124,23 @@ PLANS = (
     *one_type(Plan("geglu", threads=128, registers=40, warps=48)),
     # The last elements are moved one by one.
     *one_type(Plan("softcap", threads=256, registers=40, warps=64), tail=True),
+    _decode,
+    replace(_decode, kernels="attention_decode split<*, 128, *>", dynamic_shared=74752),
+    replace(
+        _decode, kernels="attention_decode split<*, 64, *>", registers=128, warps=8,
+        dynamic_shared=39936,
+    ),
+    Plan(
+        "attention_decode combine<*>", threads=128, registers=56, warps=36, static_shared=2944,
+        expects=(LOAD_128,),
+    ),
+    _prefill,
+    replace(_prefill, kernels="attention_prefill<*, 128, *>", warps=8, dynamic_shared=49792),
+    replace(
+        _prefill, kernels="attention_prefill<*, 64, *>", registers=168, warps=12,
+        dynamic_shared=25216,
+    ),
+    Plan("attention_any<*>", threads=256, registers=128, warps=8, dynamic_shared=70144),
     replace(_piece, kernels="sample best<*>"),
     Plan("sample best_row", threads=64, registers=32, warps=64, static_shared=1280),
     replace(_piece, kernels="sample top_k<*>", static_shared=6400),
