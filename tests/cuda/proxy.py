@@ -36,6 +36,7 @@ OPERATORS = {
     "test_geglu": ("geglu",),
     "test_softcap": ("softcap",),
     "test_sample": ("sample",),
+    "test_attention": ("attention",),
 }
 
 
@@ -148,17 +149,21 @@ class Proxy:
         self.differing = 0  # of which the second run gave other bits
         self._host = torch.library.get_kernel(self.op, "CPU")  # before it is replaced
 
-    def on_the_host(self, args: tuple[Any, ...]) -> Any:
-        return self._host.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
+    def on_the_host(self, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        return self._host.call_boxed(keys, *args, **numbers)
 
-    def _there(self, args: tuple[Any, ...]) -> Any:
-        return self.on_the_host(args) if self.device.type == "cpu" else self.op(*args)
+    def _there(self, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
+        if self.device.type == "cpu":
+            return self.on_the_host(args, numbers)
+        return self.op(*args, **numbers)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **numbers: Any) -> Any:
+        """Tensors are positional in every schema; what stands behind the asterisk are numbers."""
         named = {a.name: None for a in self.schema.arguments}
         named.update(zip(named, args, strict=False))
         if self.name in BEFORE and BEFORE[self.name](named):
-            return self._refused_on_the_host(args, "the GPU was not asked")
+            return self._refused_on_the_host(args, numbers, "the GPU was not asked")
         copies, again = Copies(self.device), Copies(self.device)
         there, there_again = copies.arguments(args), again.arguments(args)
         written = {
@@ -167,16 +172,16 @@ class Proxy:
             if isinstance(t, Tensor) and argument.is_write
         }
         try:
-            out = self._there(there)
+            out = self._there(there, numbers)
             home = Copies(torch.device("cpu"))
             back = home.arguments(out)
-            repeated = Copies(torch.device("cpu")).arguments(self._there(there_again))
+            repeated = Copies(torch.device("cpu")).arguments(self._there(there_again, numbers))
         except Exception:
             self._compare_inputs(copies, set())  # an error leaves everything as it was
             raise
         self.calls += 1
         if self.name in AFTER and AFTER[self.name](back):
-            return self._refused_on_the_host(args, f"the GPU gave {back}")
+            return self._refused_on_the_host(args, numbers, f"the GPU gave {back}")
         self._compare_inputs(copies, written)
         self._compare_runs(copies, again, back, repeated)
         for original, copy in copies:
@@ -184,8 +189,10 @@ class Proxy:
                 original.copy_(copy)
         return back
 
-    def _refused_on_the_host(self, args: tuple[Any, ...], what: str) -> Any:
-        self.on_the_host(args)
+    def _refused_on_the_host(
+        self, args: tuple[Any, ...], numbers: Mapping[str, Any], what: str
+    ) -> Any:
+        self.on_the_host(args, numbers)
         raise ProxyError(f"{self.name}: {what}, yet the CPU's kernel has nothing to refuse")
 
     def _compare_inputs(self, copies: Copies, written: set[int]) -> None:

@@ -80,7 +80,10 @@ CASES = {
     "reverse": (simple(), "race"),
     "exchange_between_warps": (simple(), "race|never written"),
     "stream": (simple(768, 768), "an asynchronous copy to it is under way"),
-    "refill_too_early": (simple(768, 768), r"race: (a thread of warp \d+ read|thread \(\d+, 0, 0\) wrote)"),
+    "refill_too_early": (
+        simple(768, 768),
+        r"race: (a thread of warp \d+ read|thread \(\d+, 0, 0\) wrote)",
+    ),
     "swizzled": (
         lambda: (
             Operand(torch.randint(0, 9000, (16, 64), dtype=torch.int16), READ),
@@ -89,7 +92,10 @@ CASES = {
         "never written",
     ),
     "past_the_tile": (simple(), "out of bounds: the block has 0 bytes of dynamic shared memory"),
-    "past_the_tensor": (simple(100, 100), r"a \+ \d+ bytes \(\d+ bytes behind its end\): out of bounds"),
+    "past_the_tensor": (
+        simple(100, 100),
+        r"a \+ \d+ bytes \(\d+ bytes behind its end\): out of bounds",
+    ),
     "before_the_tensor": (simple(), r"a \+ -4 bytes \(before its start\): out of bounds"),
     "never_zeroed": (simple(), "never written"),
     "sum_of_blocks": (simple(128, 2), "race between blocks: another block of the launch writes"),
