@@ -16,7 +16,6 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))
 
 
-
 def _load_cuda() -> str:
     """Hands the kernels of the CUDA library, where there is one, to the operators; why not, else.
 

@@ -149,9 +149,9 @@ class Proxy:
         self.differing = 0  # of which the second run gave other bits
         self._host = torch.library.get_kernel(self.op, "CPU")  # before it is replaced
 
-    def on_the_host(self, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
+    def on_the_host(self, args: tuple[Any, ...], numbers: Mapping[str, Any] | None = None) -> Any:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-        return self._host.call_boxed(keys, *args, **numbers)
+        return self._host.call_boxed(keys, *args, **(numbers or {}))
 
     def _there(self, args: tuple[Any, ...], numbers: Mapping[str, Any]) -> Any:
         if self.device.type == "cpu":
