@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gemma2
-from gemma2 import cli, tiny
+from gemma2 import _C, cli, tiny
 from tests.model.factories import build, config
 
 ROOT = Path(gemma2.__file__).parent.parent
@@ -334,7 +334,10 @@ def test_info_counts_the_cache_with_its_rings(gemma2_command, folder):
 def test_info_names_build_machine_and_what_is_missing(gemma2_command):
     code, out, err = gemma2_command("info", "--size", "2b")
     assert (code, err) == (0, "")
-    for text in ("2,614,341,888", "compiler", "in use", "threads", "not in this build", "5.23 GB"):
+    cuda = "in this build (CUDA" if _C.build_info()["cuda"] else "not in this build"
+    if torch.cuda.is_available():
+        cuda = "in use (CUDA" if _C.build_info()["cuda"] else cuda
+    for text in ("2,614,341,888", "compiler", "in use", "threads", cuda, "5.23 GB"):
         assert text in out
 
 

@@ -26,8 +26,15 @@ KERNELS = ROOT / "csrc" / "cuda"
 BARRIER = re.compile(r"^\s*(?:if \(.*\) )?((?:sync_block|sync_warp|copy_async_wait<\d+>)\(.*\));$")
 NOT_KERNELS = {"ptx.h", "launch.h"}
 TIMEOUT = 600  # seconds for an operator's tests
-# Files that several operators share, or whose operator has another name.
-TESTS = {"reduce.h": ["rms_norm"]}
+# Which tests, where they are not all of the operator that the file is named after: attention's kernels
+# have their own shapes and dtypes (0: float32, 1: bfloat16).
+ATTENTION = ["tests/ops/test_attention.py", "-k"]
+TESTS = {
+    "reduce": ["tests/ops/test_rms_norm.py"],
+    "attention_any": [*ATTENTION, "prefill_matches and dtype0"],
+    "attention_decode": [*ATTENTION, "decode_matches and dtype1"],
+    "attention_prefill": [*ATTENTION, "prefill_matches and dtype1"],
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,10 @@ class Barrier:
         return f"{self.file.relative_to(ROOT)}:{self.line} {self.text}"
 
     @property
-    def operators(self) -> list[str]:
-        return TESTS.get(self.file.name, [self.file.stem.split("_")[0]])
+    def tests(self) -> list[str]:
+        """Arguments of pytest."""
+        stem = self.file.stem
+        return TESTS.get(stem, [f"tests/ops/test_{stem.split('_')[0]}.py"])
 
 
 def barriers(names: list[str]) -> list[Barrier]:
@@ -107,7 +116,7 @@ def fault_without(barrier: Barrier) -> str | None:
         library = library_without(barrier, Path(name))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "tests.cuda.backend"]
         command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line"]
-        command += [f"tests/ops/test_{operator}.py" for operator in barrier.operators]
+        command += barrier.tests
         environment = dict(os.environ, OMP_NUM_THREADS="1", COLUMNS="300")
         environment["GEMMA2_EMULATED"] = str(library)
         done = subprocess.run(
