@@ -26,7 +26,8 @@
 // launches: hence small units, all copies started before the first wait, and loops that are not
 // unrolled where they run once (instructions have to be fetched, too).
 //
-// Tried: the 8 copies of a unit in a loop of 2 or 4 save 20 registers at D = 128 and spill at 256.
+// Tried: the 8 copies of a unit in a loop of 2 or 4 save twenty registers at D = 128 and spill at
+// 256.
 //
 // Called by csrc/cuda/attention.cu; the number of splits: csrc/common/attention_plan.h.
 

@@ -15,10 +15,10 @@
 //   64         25 KB           168                  3, 3, 3
 //   128        49 KB           255                  2, 2, 2
 //   256        97 KB           255                  1, 1, 2
-// At 256, O takes 128 registers and S 32; Q stays in shared memory, where it costs one ldmatrix
-// beside 4 of K. What is only needed between the products lies in shared memory, too. A second pair
-// of tiles would take 160 KB: no GPU with 100 KB could run it. At 128, three blocks (168 registers)
-// spilled, and with two there is room for the fragments of Q.
+// At 256, O takes half of the registers and S an eighth; Q stays in shared memory, where it costs
+// one ldmatrix beside 4 of K. What is only needed between the products lies in shared memory, too.
+// A second pair of tiles would take 160 KB: no GPU with 100 KB could run it. At 128, three blocks
+// (168 registers) spilled, and with two there is room for the fragments of Q.
 //
 // Bound by the tensor cores and, as much, by shared memory: with 16 rows a warp, an ldmatrix of 512
 // bytes serves two products. Per tile, head_dim / 16 x 8 products for S and as many for O, and

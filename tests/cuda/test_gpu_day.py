@@ -312,7 +312,7 @@ def test_a_row_that_the_device_marks_is_the_cpu_kernels_error(proxied):
         ops.sample(logits, None, 0, torch.tensor(0))
     # a device that marks a good row contradicts the CPU
     real = sample._there
-    sample._there = lambda args: real(args) * 0 - 1
+    sample._there = lambda args, numbers: real(args, numbers) * 0 - 1
     with pytest.raises(proxy.ProxyError, match="nothing to refuse"):
         ops.sample(torch.zeros(1, 40), None, 0, torch.tensor(0))
 
@@ -321,9 +321,9 @@ def test_a_kernel_that_gives_other_bits_the_second_time_is_found(proxied):
     softcap = proxied("softcap")
     real, runs = softcap._there, []
 
-    def flaky(args):
+    def flaky(args, numbers):
         runs.append(1)
-        return real(args) * (1 + 1e-7 * len(runs))
+        return real(args, numbers) * (1 + 1e-7 * len(runs))
 
     softcap._there = flaky
     with pytest.raises(proxy.ProxyError, match="two runs on the same arguments differ"):
@@ -335,8 +335,8 @@ def test_a_kernel_that_writes_into_its_input_is_found(proxied):
     softcap = proxied("softcap")
     real = softcap._there
 
-    def careless(args):
-        out = real(args)
+    def careless(args, numbers):
+        out = real(args, numbers)
         args[0].untyped_storage()[0] ^= 1
         return out
 
