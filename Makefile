@@ -90,8 +90,9 @@ cubins: $(VENV)/.test-requirements dev  ## Registers, spills, occupancy and inst
 	$(PYTEST) tests/cuda/test_static.py tests/cuda/test_gpu_day.py tests/build/test_cuda_library.py
 	$(BIN)/python -m tests.cuda.static
 
-mutations: $(VENV)/.test-requirements dev  ## Break the model on purpose, one way at a time, and see the tests fail
+mutations: emulator dev  ## Break the model on purpose, one way at a time, and see the tests fail
 	$(BIN)/python -m tests.mutations
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cuda.barriers
 
 second-torch: dev  ## Run the operator tests of this build on another torch
 	$(BIN)/python -m tests.build.second_torch --torch "$(SECOND_TORCH)" --venv $(VENV)-second

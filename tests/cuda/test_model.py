@@ -33,7 +33,10 @@ def emulator():
 def test_greedy_tokens_are_those_of_the_cpu(emulator, dtype, padding_side):
     model = tiny.load_causal_lm().to(dtype).eval()
     tokenizer = tiny.load_tokenizer()
-    batch = tokenizer(["a small bird", "to run quickly over the hill and through the long grass"], padding_side=padding_side)
+    batch = tokenizer(
+        ["a small bird", "to run quickly over the hill and through the long grass"],
+        padding_side=padding_side,
+    )
     expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
     emulator.install(operators_library())
     with emulator.counting() as counters:
