@@ -155,8 +155,8 @@ def gpu(device: torch.device | str = "cuda") -> dict[str, Any]:
     command += [f"--query-gpu={','.join(names.values())}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return found
+    except (OSError, subprocess.SubprocessError) as error:
+        return {**found, "nvidia-smi": f"not run: {error}"}
     values = answer.stdout.splitlines()[0].split(",") if answer.stdout else []
     return {**found, **{n: v.strip() for n, v in zip(names, values, strict=False)}}
 

@@ -75,6 +75,21 @@ GEMMA2_DEVICE RowPacks<T, kCount, kPacks> load_row(const T* row, int hidden) {
   return v;
 }
 
+// out = v inv (1 + w)
+template <int kCount, int kPacks, typename V, typename W>
+GEMMA2_DEVICE void store_normed(W* out, const RowPacks<V, kCount, kPacks>& v, float inv,
+                                const RowPacks<W, kCount, kPacks>& w, int hidden) {
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    const int i = pack_start(j, kCount);
+    if (i >= hidden) break;
+    float y[kCount];
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) y[e] = element(v.at[j], e) * inv * gain(element(w.at[j], e));
+    store_pack(out + i, pack_of<W>(y));
+  }
+}
+
 template <typename X, typename W, int kPacks>
 __global__ void __launch_bounds__(kThreads, kPacks <= 2 ? 3 : 1)
     rms_norm_kernel(RmsNormParams p, float inverse_hidden) {
@@ -90,16 +105,7 @@ __global__ void __launch_bounds__(kThreads, kPacks <= 2 ? 3 : 1)
   for (int j = 0; j < kPacks; ++j) sum = add_squares(sum, x.at[j]);
   const float inv = inverse_rms(sum, inverse_hidden, p.eps, static_shared<BlockPartials>());
 
-  W* out = static_cast<W*>(p.out) + row * p.hidden;
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    const int i = pack_start(j, kCount);
-    if (i >= hidden) break;
-    float y[kCount];
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) y[e] = element(x.at[j], e) * inv * gain(element(w.at[j], e));
-    store_pack(out + i, pack_of<W>(y));
-  }
+  store_normed(static_cast<W*>(p.out) + row * p.hidden, x, inv, w, hidden);
 }
 
 template <typename R, typename X, typename W, int kPacks>
@@ -139,17 +145,7 @@ __global__ void __launch_bounds__(kThreads, kPacks <= 2 ? 2 : 1)
   }
   const float inv_h = inverse_rms(sum, inverse_hidden, p.eps, partials.of_h);
 
-  W* out = static_cast<W*>(p.y) + row * p.hidden;
-#pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    const int i = pack_start(j, kCount);
-    if (i >= hidden) break;
-    float y[kCount];
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      y[e] = element(h.at[j], e) * inv_h * gain(element(pre.at[j], e));
-    store_pack(out + i, pack_of<W>(y));
-  }
+  store_normed(static_cast<W*>(p.y) + row * p.hidden, h, inv_h, pre, hidden);
 }
 
 // ---- Any dtypes, alignment and length ----

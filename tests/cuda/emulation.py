@@ -70,7 +70,8 @@ class Emulator:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: run `make emulator`")
         self.library = ctypes.CDLL(str(path))
-        self.library.gemma2_emulator_counters.restype = ctypes.c_char_p
+        for name in ("emulator_counters", "emulator_check_written", "planted", "interpret"):
+            getattr(self.library, f"gemma2_{name}").restype = ctypes.c_char_p
         self.library.gemma2_emulated_kernels.restype = ctypes.c_void_p
         self.library.gemma2_emulator_blocks.restype = ctypes.c_uint64
 

@@ -132,7 +132,8 @@ def look_around(dry: bool) -> Machine:
 def _output(command: Sequence[str]) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"{command[0]} says nothing: {error}", file=sys.stderr)
         return []
     return done.stdout.strip().splitlines()
 

@@ -55,11 +55,9 @@ def nvcc() -> str:
 def nvdisasm() -> str:
     """On PATH, beside nvcc, or from the wheel nvidia-cuda-nvdisasm."""
     candidates = [shutil.which("nvdisasm"), str(Path(nvcc()).resolve().with_name("nvdisasm"))]
-    try:
-        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    for wheel in importlib.metadata.distributions(name="nvidia-cuda-nvdisasm"):
+        files = wheel.files or []
         candidates += [str(file.locate()) for file in files if file.name == "nvdisasm"]
-    except importlib.metadata.PackageNotFoundError:
-        pass
     for candidate in candidates:
         if candidate and shutil.which(candidate):
             return candidate
@@ -273,7 +271,8 @@ def kernels(cubin: Cubin) -> list[Kernel]:
         raise RuntimeError(f"{cubin.folder}/log: not what ptxas -v is known to print")
     try:
         code = instructions_of(cubin.sass())
-    except MissingToolError:
+    except MissingToolError as reason:
+        print(f"instructions are not looked at: {reason}", file=sys.stderr)
         code = None
     found = []
     names = readable([symbol for symbol, *_ in properties])

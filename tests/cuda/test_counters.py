@@ -10,20 +10,10 @@ import pytest
 import torch
 
 from gemma2 import ops
-from tests.cuda.emulation import LIBRARY, Emulator, operators_library
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
 
 
 @pytest.fixture

@@ -9,21 +9,11 @@ import pytest
 import torch
 
 from gemma2 import ops
-from tests.cuda.emulation import LIBRARY, Emulator, operators_library
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 BF16, F16 = torch.bfloat16, torch.float16
 KERNEL = "attention_prefill"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
 
 
 @pytest.fixture

@@ -12,23 +12,14 @@ import torch
 
 from gemma2 import reference
 from gemma2.ops import attention
-from tests.cuda.emulation import LIBRARY, Emulator, Landing, Order, operators_library
+from tests.cuda.emulation import Landing, Order
 from tests.ops.tolerance import assert_close_to_float64
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 BF16, F16 = torch.bfloat16, torch.float16
 FORMS = [(BF16, 50.0), (BF16, 0.0), (F16, 50.0)]  # without a maximum, and two with one
 SPLIT, COMBINE = "decode split", "decode combine"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from gemma2 import ops
-from tests.cuda.emulation import LIBRARY, Emulator, operators_library
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 VOCAB = 256000
 PIECE = 4096
@@ -25,14 +23,6 @@ MODES = [
     ({"top_p": 0.95}, ("sample sum", "sample collect", "sample choose"), 2),
     ({"min_p": 0.05}, ("sample sum", "sample collect", "sample choose"), 2),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
 
 
 @pytest.fixture

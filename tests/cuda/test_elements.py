@@ -8,21 +8,11 @@ import pytest
 import torch
 
 from gemma2 import ops, reference
-from tests.cuda.emulation import LIBRARY, Emulator, operators_library
 from tests.ops.tolerance import assert_close_to_float64
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
 
 
 def shifted(t):

@@ -12,20 +12,8 @@ import torch
 
 from tests.cuda.emulation import LIBRARY, SOURCE, Emulator, Landing, Order
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
-
 PLANTED = (SOURCE / "planted.cu").read_text().splitlines()
 READ, WRITE, BOTH = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    emulator = Emulator()
-    emulator.library.gemma2_planted.restype = ctypes.c_char_p
-    emulator.library.gemma2_emulator_check_written.restype = ctypes.c_char_p
-    yield emulator
-    emulator.configure()
 
 
 @dataclass

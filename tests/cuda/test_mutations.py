@@ -13,10 +13,9 @@ import sys
 
 import pytest
 
-from tests.cuda.emulation import LIBRARY, ROOT
+from tests.cuda.emulation import ROOT
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulator")
 
 CAUGHT_BY = {
     "norm_without_one": [

@@ -6,21 +6,11 @@ import pytest
 import torch
 
 from tests.cuda import counters
-from tests.cuda.emulation import LIBRARY, Emulator, Order, operators_library
+from tests.cuda.emulation import Order
 
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("emulated")
 
 ORDERS = [(Order.FORWARD, 0), (Order.BACKWARD, 0), *((Order.RANDOM, seed) for seed in range(3))]
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    emulator = Emulator()
-    emulator.install(operators_library())
-    yield emulator
-    emulator.uninstall(operators_library())
-    emulator.configure()
 
 
 def case_names():

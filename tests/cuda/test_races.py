@@ -12,24 +12,12 @@ import ctypes
 import random
 
 import numpy as np
-import pytest
 
-from tests.cuda.emulation import LIBRARY, Emulator, Order
-
-if not LIBRARY.exists():
-    pytest.skip("the emulator is not built: make emulator", allow_module_level=True)
+from tests.cuda.emulation import Emulator, Order
 
 WARPS, LANES, CELLS = 3, 32, 16
 THREADS = WARPS * LANES
 NOTHING, READ, WRITE, ATOMIC, BLOCK, WARP, WAIT, ARRIVE = range(8)
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    emulator = Emulator()
-    emulator.library.gemma2_interpret.restype = ctypes.c_char_p
-    yield emulator
-    emulator.configure()
 
 
 def run(emulator: Emulator, program: np.ndarray) -> str | None:

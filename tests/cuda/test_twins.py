@@ -27,7 +27,7 @@ ALL_LANES = 0xFFFFFFFF
 
 
 class TwinError(RuntimeError):
-    pass
+    """A wrapper's kernel has failed."""
 
 
 class Twins:
