@@ -106,15 +106,17 @@ inline std::string device_name(const Tensor& t) {
 }
 // The first argument's device, and then the same for all others.
 inline void check_device(const char* op, const char* name, const Tensor& t) {
-  check(t.is_cpu() || t.is_cuda(), op, ": ", name, " is on ", device_name(t),
-        ": the CPU or a CUDA device is wanted");
+  if (t.is_cpu() || t.is_cuda()) [[likely]]
+    return;
+  check(false, op, ": ", name, " is on ", device_name(t), ": the CPU or a CUDA device is wanted");
 }
 inline void check_device(const char* op, const char* name, const Tensor& t, const char* first_name,
                          const Tensor& first) {
-  check(t.is_cpu() == first.is_cpu() && t.is_cuda() == first.is_cuda() &&
-            (t.is_cpu() || t.get_device_index() == first.get_device_index()),
-        op, ": ", name, " is on ", device_name(t), ", ", first_name, " is on ", device_name(first),
-        ": they must be on the same device");
+  if (t.is_cpu() && first.is_cpu()) [[likely]]
+    return;
+  if (t.is_cuda() && first.is_cuda() && t.get_device_index() == first.get_device_index()) return;
+  check(false, op, ": ", name, " is on ", device_name(t), ", ", first_name, " is on ",
+        device_name(first), ": they must be on the same device");
 }
 inline void check_dense_last(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, ": ", name,

@@ -26,7 +26,7 @@ def _load_cuda() -> str:
 
     built = _C.build_info()["cuda"]
     if not built:
-        return "not in this build: nvcc was not found"
+        return "not in this build: nvcc was not found, or GEMMA2_CUDA was OFF"
     if torch.version.cuda is None:
         return f"in this build ({built}), not loaded: torch {torch.__version__} is without CUDA"
     path = _LIBRARY.with_name("_cuda.so")
