@@ -230,12 +230,13 @@ def philox(counter: Tensor, seed: int) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def gumbel(rows: int, vocab: int, seed: int, step: int) -> Tensor:
+def gumbel(rows: int, vocab: int, seed: int, step: Tensor | int) -> Tensor:
     """The noise of :func:`sample`, float64 ``[rows, vocab]``; see csrc/common/philox.h."""
+    steps = torch.as_tensor(step, device="cpu").expand(rows)[:, None]
     index = torch.arange(-(-vocab // 4))
     row = torch.arange(rows)[:, None].expand(-1, len(index))
-    words = [index.expand_as(row), row, torch.full_like(row, step & 0xFFFFFFFF)]
-    counter = torch.stack([*words, torch.full_like(row, (step >> 32) & 0xFFFFFFFF)], dim=-1)
+    halves = [half.expand_as(row) for half in (steps & 0xFFFFFFFF, (steps >> 32) & 0xFFFFFFFF)]
+    counter = torch.stack([index.expand_as(row), row, *halves], dim=-1)
     uniform = (philox(counter, seed).double() + 0.5) * 2.0**-32
     return -torch.log(-torch.log(uniform.flatten(1)[:, :vocab]))
 
@@ -289,5 +290,5 @@ def sample(
     scores = kept_scores(logits, history, *filters)
     if temperature == 0:
         return scores.argmax(-1)
-    noise = gumbel(scores.shape[0], scores.shape[1], seed, int(step)).to(scores.device)
+    noise = gumbel(scores.shape[0], scores.shape[1], seed, step).to(scores.device)
     return (scores + noise).argmax(-1)

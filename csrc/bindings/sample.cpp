@@ -36,7 +36,8 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
         ": [B, V] with 1 <= V < 2^31 is wanted");
   check_device(kOp, "step", step, "logits", logits);
   check_dtype(kOp, "step", step, ScalarType::Long);
-  check(step.dim() == 0, kOp, ": step has shape ", shape_of(step), ": a scalar is wanted");
+  check(step.dim() == 0 || (step.dim() == 1 && step.size(0) == batch), kOp, ": step has shape ",
+        shape_of(step), ": a scalar is wanted, or [B] = [", batch, "]");
   check(std::isfinite(temperature) && temperature >= 0, kOp, ": temperature is ", temperature,
         ": a number >= 0 is wanted (0 is greedy)");
   check(temperature == 0 || temperature >= 1e-30, kOp, ": temperature is ", temperature,
@@ -61,6 +62,7 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
       .vocab = vocab,
       .logits_stride = rows.stride,
       .history_length = history ? tokens.size(1) : 0,
+      .step_stride = step.dim() == 0 ? 0 : step.stride(0),
       .seed = static_cast<uint64_t>(seed),
       .temperature = static_cast<float>(temperature),
       .repetition_penalty = static_cast<float>(repetition_penalty),

@@ -447,7 +447,6 @@ int64_t sample_row(const SampleParams& p, const Row<T>& row, const Random& rando
 void sample(const SampleParams& p) {
   dispatch(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    const uint64_t step = (uint64_t)*p.step;
     const bool penalised = p.history != nullptr && p.repetition_penalty != 1.f;
     const int64_t mark_words = penalised ? (p.vocab + 63) / 64 : 0;
     const auto rows = [&](int64_t begin, int64_t end) {
@@ -461,6 +460,7 @@ void sample(const SampleParams& p) {
         const Row<T> row = {static_cast<const T*>(p.logits) + r * p.logits_stride, p.vocab,
                             penalised ? marks.get() : nullptr, p.repetition_penalty,
                             p.temperature == 0.f ? 1.f : p.temperature};
+        const uint64_t step = (uint64_t)p.step[r * p.step_stride];
         const Random random = {(uint32_t)p.seed, (uint32_t)(p.seed >> 32), (uint32_t)r,
                                (uint32_t)step, (uint32_t)(step >> 32)};
         p.out[r] = sample_row(p, row, random);

@@ -206,7 +206,7 @@ struct Random {
       : key0(static_cast<uint32_t>(p.seed)),
         key1(static_cast<uint32_t>(p.seed >> 32)),
         row(static_cast<uint32_t>(row_)) {
-    const uint64_t step = static_cast<uint64_t>(load(p.step));
+    const uint64_t step = static_cast<uint64_t>(load(p.step + row_ * p.step_stride));
     step0 = static_cast<uint32_t>(step);
     step1 = static_cast<uint32_t>(step >> 32);
   }

@@ -10,9 +10,9 @@ struct SampleParams {
   const void* logits;  // [batch, vocab], rows `logits_stride` elements apart, vocab < 2^31
   const int64_t*
       history;  // [batch, history_length] dense, entries < vocab, those < 0 are ignored; or null
-  const int64_t* step;  // a scalar
+  const int64_t* step;  // of row r at r step_stride; the stride is 0 if all rows share one
   int64_t* out;         // [batch]: a token, or one of the numbers below
-  int64_t batch, vocab, logits_stride, history_length;
+  int64_t batch, vocab, logits_stride, history_length, step_stride;
   uint64_t seed;
   float temperature, repetition_penalty;
   double top_p, min_p;

@@ -42,7 +42,7 @@ def sample(
         logits: ``[B, V]``, float32, bfloat16 or float16; -inf is never drawn.
         history: int64 ``[B, L]`` for the penalty; negative entries are ignored. May be None.
         seed: any int64.
-        step: int64 scalar tensor; count it up between calls.
+        step: int64 scalar tensor, or ``[B]`` with a step for each row; count it up between calls.
         temperature: not negative; 0 is greedy.
         top_k: not negative; 0 keeps all.
         top_p: in ``(0, 1]``; 1 keeps all.

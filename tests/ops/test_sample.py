@@ -67,6 +67,22 @@ def test_the_random_integers_are_the_references(seed, n):
         assert torch.equal(ops.sample(logits, None, seed, step(n)), words.argmax(-1))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.0}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}],
+    ids=str,
+)
+def test_each_row_may_have_a_step_of_its_own(options):
+    logits = make(4, 50001)
+    steps = [3, 0, 2**40 + 5, 3]
+    tokens = ops.sample(logits, None, 9, torch.tensor(steps), **options)
+    strided = torch.tensor([steps, [7] * 4]).T.contiguous()[:, 0]
+    assert strided.stride() == (2,)
+    assert torch.equal(ops.sample(logits, None, 9, strided, **options), tokens)
+    for row, n in enumerate(steps):
+        assert tokens[row] == ops.sample(logits, None, 9, step(n), **options)[row], row
+
+
 @given(data=st.data())
 @settings(max_examples=120, deadline=None)
 def test_matches_the_reference_for_any_shape_dtype_and_option(data):
@@ -289,6 +305,7 @@ def test_opcheck():
     for args in (
         (logits, None, 1, step(0)),
         (logits, history, 1, step(0), 0.7, 5, 0.9, 0.01, 1.2),
+        (logits, None, 1, torch.tensor([0, 2, 1])),
     ):
         torch.library.opcheck(torch.ops.gemma2.sample.default, args)
 
@@ -307,8 +324,12 @@ BAD = [
     (lambda x: ops.sample(x.long(), None, 0, S), "logits is int64"),
     (lambda x: ops.sample(x, None, 0, S.int()), "step is int32: int64 is wanted"),
     (
-        lambda x: ops.sample(x, None, 0, torch.zeros(2).long()),
-        "step has shape [2]: a scalar is wanted",
+        lambda x: ops.sample(x, None, 0, torch.zeros(3).long()),
+        "step has shape [3]: a scalar is wanted, or [B] = [2]",
+    ),
+    (
+        lambda x: ops.sample(x, None, 0, torch.zeros(2, 1).long()),
+        "step has shape [2, 1]: a scalar is wanted",
     ),
     (lambda x: ops.sample(x, None, 0, S, -1.0), "temperature is -1: a number >= 0 is wanted"),
     (lambda x: ops.sample(x, None, 0, S, float("nan")), "temperature is nan"),

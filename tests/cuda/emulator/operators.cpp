@@ -178,7 +178,7 @@ void sample(const SampleParams& p, CudaCall& call) {
   clear_regions();
   rows("logits", p.logits, p.batch, p.vocab, p.logits_stride, p.dtype, Access::read);
   integers("history", p.history, p.batch * p.history_length);
-  integers("step", p.step, 1);
+  integers("step", p.step, p.step_stride == 0 ? 1 : (p.batch - 1) * p.step_stride + 1);
   add_region("out", p.out, p.batch * 8, {}, Access::write);
   const Working working(call);
   run("sample", call, [&](const CudaKernels& kernels) { kernels.sample(p, call); });
