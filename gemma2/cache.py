@@ -9,7 +9,7 @@ What exceeds the window, C - window, is the real margin: so many positions can b
 taken back (`crop`) before a key that is still visible has been overwritten. It is counted from the
 highest position written since `reset`, because that is what has been overwritten.
 
-During one forward call the model asks `begin` (all checks, growth, allocation), lets every layer
+During one forward call the model asks `begin` (checks, growth), lets every layer take its memory and
 write, and calls `commit` once after the last layer. Whatever fails in between leaves `lengths` as
 they were, and the keys and values below them intact.
 """
@@ -109,7 +109,8 @@ class HybridCache:
         if max_cache_len is not None:
             self._resize(max_cache_len)
             if self.device is not None and dtype is not None:
-                self._allocate(self.device, dtype)
+                for layer in self.layers:
+                    self._allocate(layer, self.device)
 
     def _make_counters(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -159,12 +160,12 @@ class HybridCache:
             self._make_counters(device)
 
     def begin(self, q_start: Tensor, kv_len: Tensor, columns: int, dtype: torch.dtype) -> None:
-        """Make room for a call: check for overflow, grow if allowed, allocate.
+        """Make room for a call: check for overflow, grow if allowed.
 
         Args:
             q_start, kv_len: int64 [B], position of column 0 and real tokens after the call.
             columns: tokens of the call, padding included.
-            dtype: of the keys and values, used where the cache has none of its own.
+            dtype: of the keys and values, if the cache has none of its own.
 
         Raises:
             ValueError: more tokens than max_cache_len; nothing has been changed.
@@ -181,8 +182,7 @@ class HybridCache:
                     f"grow({need}), or pass max_cache_len=None to grow on demand"
                 )
             self._resize(round_up(max(need, 2 * self.max_cache_len)))
-        if any(layer.k is None for layer in self.layers):
-            self._allocate(q_start.device, self.dtype or dtype)
+        self.dtype = self.dtype or dtype
         batch = q_start.shape[0]
         for snapshot in self._snapshots:
             # an empty chunk writes nothing, and q_start is below zero only where nothing is kept
@@ -193,6 +193,24 @@ class HybridCache:
             # Written as the layers go, so counted even if a later layer fails. Longer calls write
             # after the last layer, or have nothing to lose.
             self._count_written(kv_len)
+
+    def layer(self, index: int, k: Tensor) -> LayerCache:
+        """Give the cache of the layer whose new keys are k, with memory on their device.
+
+        Raises:
+            ValueError: its memory is on another device.
+        """
+        layer = self.layers[index]
+        if layer.k is None:
+            self._allocate(layer, self.device or k.device)
+        assert layer.k is not None
+        if layer.k.device != k.device:
+            raise ValueError(
+                f"past_key_values: the cache has layer {index} on {layer.k.device}, the model on "
+                f"{k.device}: make a new cache, with device=None, so that each layer's keys and "
+                "values live where the layer does"
+            )
+        return layer
 
     def _count_written(self, kv_len: Tensor) -> None:
         written = self._written[: kv_len.shape[0]]
@@ -472,13 +490,11 @@ class HybridCache:
         with torch.inference_mode(False):
             return torch.nn.functional.pad(history, (0, missing)) if missing else history
 
-    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        for layer in self.layers:
-            if layer.k is None:
-                layer.allocate(
-                    self.max_batch_size, self.num_key_value_heads, self.head_dim, device, dtype
-                )
-        self.dtype = dtype
+    def _allocate(self, layer: LayerCache, device: torch.device) -> None:
+        assert self.dtype is not None
+        layer.allocate(
+            self.max_batch_size, self.num_key_value_heads, self.head_dim, device, self.dtype
+        )
 
     @property
     def nbytes(self) -> int:

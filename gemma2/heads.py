@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gemma2 import ops
 from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.generation import GenerationMixin
-from gemma2.model import Gemma2Model, Gemma2PreTrainedModel, Linear
+from gemma2.model import Gemma2Model, Gemma2PreTrainedModel, Linear, beside
 from gemma2.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -55,6 +55,14 @@ class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
         """Make the head's weight the embedding's parameter, if the config ties them."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.base_model.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gemma2ForCausalLM:
+        """Keep a tied weight one parameter in what torch does for `to`, `half`, `to_empty` ..."""
+        tied = self.lm_head.weight is self.base_model.embed_tokens.weight
+        super()._apply(fn, recurse)
+        if tied:
+            self.lm_head.weight = self.base_model.embed_tokens.weight
+        return self
 
     def get_output_embeddings(self) -> nn.Module:
         """Give the head."""
@@ -111,7 +119,7 @@ class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
             cache_position,
             cu_seqlens,
         )
-        logits = self.lm_head(body.last_hidden_state[:, columns])
+        logits = self.lm_head(beside(body.last_hidden_state[:, columns], self.lm_head))
         if self.config.final_logit_softcapping is not None:
             logits = ops.softcap(logits, self.config.final_logit_softcapping)
         loss = None
@@ -183,7 +191,7 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
             cache_position,
             cu_seqlens,
         )
-        states = body.last_hidden_state
+        states = beside(body.last_hidden_state, self.score)
         last = self._last_token(input_ids, attention_mask, columns, states)
         rows = torch.arange(batch, device=states.device)
         logits = self.score(states[rows, last])
@@ -292,7 +300,7 @@ class Gemma2ForTokenClassification(Gemma2PreTrainedModel):
             cache_position,
             cu_seqlens,
         )
-        logits = self.score(self.dropout(body.last_hidden_state))
+        logits = self.score(self.dropout(beside(body.last_hidden_state, self.score)))
         loss = None if labels is None else _cross_entropy(logits, labels.to(logits.device))
         out = TokenClassifierOutput(loss, logits, body.hidden_states, body.attentions)
         return out if return_dict is not False else out.to_tuple()

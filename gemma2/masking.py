@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,15 @@ class Layout:
     columns: Tensor | None = None
     keep_history: bool = False
 
+    def on(self, device: torch.device) -> Layout:
+        """Give what attention asks for on `device`."""
+        return replace(
+            self,
+            q_start=self.q_start.to(device),
+            kv_len=self.kv_len.to(device),
+            kv_start=None if self.kv_start is None else self.kv_start.to(device),
+        )
+
     def pack(self, x: Tensor) -> Tensor:
         """Give x [B, S, ...] with the real tokens of each row first, if rows are packed."""
         return x if self.order is None else _take(x, self.order)
@@ -64,16 +73,17 @@ class Layout:
         """Give attention weights [B, H, S, past + S] back in the caller's rows and columns."""
         if self.columns is None:
             return weights
-        batch, s = self.columns.shape
+        columns = self.columns.to(weights.device)
+        batch, s = columns.shape
         past = weights.shape[-1] - s
         kept = torch.arange(past, device=weights.device).expand(batch, past)
-        keys = torch.cat([kept, self.columns + past], dim=1)
-        rows = self.columns[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[-1])
+        keys = torch.cat([kept, columns + past], dim=1)
+        rows = columns[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[-1])
         return weights.gather(2, rows).gather(3, keys[:, None, None].expand_as(weights))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index.to(x.device)]
 
 
 def prepare(
@@ -265,8 +275,11 @@ def lay_out(
         TypeError, ValueError: wrong dtype or shape; where it can be read: bounds that make no
             sense. The text names the argument.
     """
-    numbers = None if cu_seqlens is None else _document_numbers(cu_seqlens, batch, columns)
-    given = None if position_ids is None else _check_position_ids(position_ids, batch, columns)
+    numbers = given = None
+    if cu_seqlens is not None:
+        numbers = _document_numbers(cu_seqlens, batch, columns).to(device)
+    if position_ids is not None:
+        given = _check_position_ids(position_ids, batch, columns).to(device)
     past = 0 if cache is None else cache.get_seq_length()
     lengths = None if cache is None or past == 0 else cache.lengths[:batch]
 

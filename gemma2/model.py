@@ -11,6 +11,9 @@ A sum and the norm after it are one operator (`add_rms_norm`), also across the b
 a layer takes the stream h with y, its normed form, and gives both for the next one. The stream is
 float32 in float32 and float16 models, bfloat16 in bfloat16 ones; y has the weights' dtype.
 
+Layers may live on different devices: the stream follows, and what a call's layers share is copied to
+each of these devices once.
+
 Module and parameter names are those of the hub's checkpoints.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +88,7 @@ class Gemma2RMSNorm(nn.Module):
 
 @dataclass
 class Call:
-    """What all layers share in one forward call of the model."""
+    """What all layers share in one forward call of the model, on the device of its input."""
 
     layout: Layout
     rope: tuple[Tensor, Tensor]  # cos, sin: float32 [B or 1, S, D / 2]
@@ -95,6 +98,22 @@ class Call:
     deterministic: bool = False
     # what is written after the last layer, since the layers before would lose it to a failure
     unwritten: list[tuple[LayerCache, Tensor, Tensor]] = field(default_factory=list)
+    copies: dict[torch.device, Call] = field(default_factory=dict)  # for layers elsewhere
+
+    def on(self, device: torch.device) -> Call:
+        """Give this call as layers on `device` need it; its tensors are copied there once."""
+        if device == self.layout.q_start.device:
+            return self
+        if device not in self.copies:
+            cos, sin = self.rope
+            masks = {kind: None if m is None else m.to(device) for kind, m in self.masks.items()}
+            self.copies[device] = replace(
+                self,
+                layout=self.layout.on(device),
+                rope=(cos.to(device), sin.to(device)),
+                masks=masks,
+            )
+        return self.copies[device]
 
 
 class Gemma2Attention(nn.Module):
@@ -119,6 +138,7 @@ class Gemma2Attention(nn.Module):
 
     def forward(self, y: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Give [B, S, hidden_size] and, if asked for, the weights [B, H, S, past + S]."""
+        call = call.on(y.device)
         heads = (*y.shape[:2], -1, self.head_dim)
         q = self.q_proj(y).view(heads).transpose(1, 2)  # [B, H, S, D]
         k = self.k_proj(y).view(heads).transpose(1, 2)  # [B, Hkv, S, D]
@@ -132,7 +152,7 @@ class Gemma2Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         at = call.layout
         options = {**self.options, "deterministic": call.deterministic}
-        cached = None if call.cache is None else call.cache.layers[self.layer_idx]
+        cached = None if call.cache is None else call.cache.layer(self.layer_idx, k)
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
         if cached is not None and cached.holds(q.shape[2]) and not wants_grad:
             buffers = cached.buffers(q.shape[0])
@@ -159,7 +179,7 @@ class Gemma2Attention(nn.Module):
         k_base = at.q_start - at.past
         keys, values = k, v
         if call.cache is not None:
-            cached = call.cache.layers[self.layer_idx]
+            cached = call.cache.layer(self.layer_idx, k)
             call.unwritten.append((cached, k, v))
             width = at.past + q.shape[2]
             keys, values = cached.by_position(k, v, at.q_start, k_base, width)
@@ -221,21 +241,40 @@ class Gemma2DecoderLayer(nn.Module):
             h, a, self.post_attention_layernorm, self.pre_feedforward_layernorm, inplace
         )
         m = self.mlp(y)
-        after = next_norm if next_norm is not None else self.input_layernorm
-        h, y = add_and_norm(h, m, self.post_feedforward_layernorm, after, inplace)
-        return h, y if next_norm is not None else None, weights
+        h, y = add_and_norm(h, m, self.post_feedforward_layernorm, next_norm, inplace)
+        return h, y, weights
 
 
 def add_and_norm(
-    h: Tensor, x: Tensor, post: Gemma2RMSNorm, pre: Gemma2RMSNorm, inplace: bool
-) -> tuple[Tensor, Tensor]:
+    h: Tensor, x: Tensor, post: Gemma2RMSNorm, pre: Gemma2RMSNorm | None, inplace: bool
+) -> tuple[Tensor, Tensor | None]:
     """Give h + rms(x; post), written over h if `inplace`, and that normed by `pre`."""
-    if is_hooked(post) or is_hooked(pre):  # they want to see their modules called
+    if is_hooked(post) or (
+        pre is not None and is_hooked(pre)
+    ):  # they want to see their modules called
         h = h + post(x)
-        return h, pre(h)
+        return h, None if pre is None else pre(h)
+    weights = post.weight, (post if pre is None else pre).weight
     if inplace:
-        return h, ops.add_rms_norm_(h, x, post.weight, pre.weight, post.eps)
-    return ops.add_rms_norm(h, x, post.weight, pre.weight, post.eps)
+        y = ops.add_rms_norm_(h, x, *weights, post.eps)
+    else:
+        h, y = ops.add_rms_norm(h, x, *weights, post.eps)
+    return h, None if pre is None else y
+
+
+def home(module: nn.Module) -> torch.device | None:
+    """Give where `module`, a layer or what takes its output, lives; None: a hook sees to that."""
+    first = getattr(module, "input_layernorm", module)
+    if is_hooked(module) or is_hooked(first):
+        return None
+    weight = getattr(first, "weight", None)
+    return weight.device if isinstance(weight, Tensor) else None
+
+
+def beside(x: Tensor, module: nn.Module) -> Tensor:
+    """Give x on the device of `module`, which takes it."""
+    where = home(module)
+    return x if where is None or where == x.device else x.to(where)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -440,7 +479,8 @@ class Gemma2Model(Gemma2PreTrainedModel):
         y, states, attentions = self._run_layers(h, call, inplace, output_hidden_states)
         if cache is not None:
             for layer, k, v in call.unwritten:
-                layer.write(k, v, at.q_start, at.kv_len)
+                there = call.on(k.device).layout
+                layer.write(k, v, there.q_start, there.kv_len)
             if at.keep_history:
                 cache.record(at.q_start, at.kv_len, at.position_ids, at.kv_start)
             cache.commit(at.q_start, at.kv_len, columns)
@@ -461,13 +501,19 @@ class Gemma2Model(Gemma2PreTrainedModel):
         attentions: list[Any] = []
         dtype = self.norm.weight.dtype
         saving = self.checkpointing if self.training and torch.is_grad_enabled() else None
-        followers: list[nn.Module] = [*self.layers[1:], self.norm]
+        modules = [*self.layers, self.norm]
+        homes = [home(module) for module in modules]
         y: Tensor | None = None
-        for layer, follower in zip(self.layers, followers, strict=True):
+        for i, layer in enumerate(self.layers):
             if collect:
                 states.append(h.to(dtype))
-            # a hook may replace the stream: then what follows must norm what the hook made
-            apart = is_hooked(layer) or is_hooked(follower)
+            here = homes[i]
+            if here is not None and here != h.device:
+                h = h.to(here)
+            # A hook may replace or move the stream: then what follows must norm what the hook made,
+            # as a layer on another device does with what it is given.
+            follower: Any = modules[i + 1]
+            apart = here is None or here != homes[i + 1]
             norm = None if apart else getattr(follower, "input_layernorm", follower)
             if saving is None:
                 out = layer(h, y, norm, call, inplace)
@@ -476,7 +522,7 @@ class Gemma2Model(Gemma2PreTrainedModel):
             h, y, weights = (out, None, None) if isinstance(out, Tensor) else out
             if call.output_attentions:
                 attentions.append(weights)
-        y = self.norm(h) if y is None else y
+        y = self.norm(beside(h, self.norm)) if y is None else y
         if collect:
             states.append(y)
         return y, states, attentions
