@@ -7,10 +7,11 @@ every name, shape and dtype is compared with the model before memory is taken or
 changed. All that is wrong comes in one `CheckpointError`.
 
 Memory. The model is built on the meta device. Each tensor is then mapped from its file, copied into
-memory of its own and unmapped, so the peak is the model plus one tensor. Weights are copied even
-where the file's dtype and the CPU would allow the model to live in the mapping: writing to that
-file in place (which other libraries do when they save) would change or crash a running model, and
-tensors in a file sit at any 8-byte address, while the kernels read whole cache lines.
+memory of its own and unmapped, so the peak is the model plus one tensor, and on the host one tensor
+for a model on a GPU. Weights are copied even where the file's dtype and the CPU would allow the
+model to live in the mapping: writing to that file in place (which other libraries do when they
+save) would change or crash a running model, and tensors in a file sit at any 8-byte address, while
+the kernels read whole cache lines.
 
 Writing: see saving.py.
 """
@@ -110,6 +111,33 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
+def _resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """Give the device that is meant, if a model can be loaded onto it here and now."""
+    wanted = 'it must be "cpu", "cuda", "cuda:1" or the number of a GPU'
+    if device is None:
+        device = torch.get_default_device()
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int)):
+        raise TypeError(f"from_pretrained: device is a {type(device).__name__}: {wanted}")
+    said = f"from_pretrained: device is {device if isinstance(device, int) else str(device)!r}"
+    try:
+        where = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{said}: {wanted}") from error
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"{said}: {wanted}")
+    if where.type == "cuda":
+        if torch.version.cuda is None:
+            raise ValueError(f"{said}, but torch {torch.__version__} was built without CUDA")
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError(
+                f"{said}, but torch sees no GPU: the driver or CUDA_VISIBLE_DEVICES may be why"
+            )
+        if where.index is not None and where.index >= count:
+            raise ValueError(f"{said}, but torch sees only {count} of them, numbered from 0")
+    return where
+
+
 def load_state_dict_into(
     model: nn.Module,
     folder: PathLike | Weights,
@@ -121,22 +149,24 @@ def load_state_dict_into(
 ) -> None:
     """Fill `model` with the weights in `folder`.
 
-    Parameters on the meta device get memory on `device` in `dtype` (None or "auto": that of the
-    largest tensor in the file); others are filled in place and keep both. Every name, shape and
-    dtype is checked first: when this raises `CheckpointError` for one of those, the model is
-    unchanged. Keys of a bare body and of a head are understood in both directions. A tied
-    `lm_head.weight` in the file must equal the embedding. `progress`: a bar on stderr; None: for
-    more than 1 GB.
+    Parameters on the meta device get memory on `device` ("cpu", "cuda", "cuda:1", 1 ...; None:
+    torch's default) in `dtype` (None or "auto": that of the largest tensor in the file); others are
+    filled in place and keep both. Every name, shape and dtype is checked first: when this raises
+    `CheckpointError` for one of those, the model is unchanged. Keys of a bare body and of a head
+    are understood in both directions. A tied `lm_head.weight` in the file must equal the embedding.
+    `progress`: a bar on stderr; None: for more than 1 GB.
 
     `new_head`: a classification head that is missing in the file, or has another shape there, is
     initialised (normal, `config.initializer_range`; bias 0) with a warning.
 
     Raises:
         FileNotFoundError: there are no weights in the folder.
+        ValueError, TypeError: a dtype or device that makes no sense or is not there.
         CheckpointError: all missing, unexpected, mis-shaped and wrongly typed tensors; a damaged
             file.
     """
     wanted_dtype = _resolve_dtype(dtype)
+    where = _resolve_device(device)
     weights = folder if isinstance(folder, Weights) else find_weights(folder)
     slots = slots_of(model)
     fresh = _match(model, slots, weights, new_head)
@@ -150,7 +180,7 @@ def load_state_dict_into(
         )
         wanted_dtype = largest.dtype
     assert wanted_dtype is not None
-    where = torch.get_default_device() if device is None else torch.device(device)
+    lost: dict[str, Tensor] = {}  # what a conversion to float16 has made infinite, bool [] each
 
     total = sum(slot.tensor.numel() for slot in filled) * wanted_dtype.itemsize
     with (
@@ -159,15 +189,16 @@ def load_state_dict_into(
     ):
         for slot in filled:
             assert slot.source is not None
+            # Of any dtype it crosses to a device as it is: converting there is faster.
             source = weights.read(slot.source)
-            target = slot.tensor
-            if target.is_meta:
-                target = torch.empty(source.shape, dtype=wanted_dtype, device=where)
-            target.copy_(source)
-            _check_overflow(target, source, slot.source, weights)
+            source = source.to(where if slot.tensor.is_meta else slot.tensor.device)
+            target = _filled(slot.tensor, source, wanted_dtype)
+            if target.dtype == torch.float16 != source.dtype:
+                lost[slot.source] = source.isfinite().all() & ~target.isfinite().all()
             del source
             _place(model, slot, target)
             advance(target.numel() * target.element_size())
+        _check_overflow(lost, weights)
         if fresh:
             _initialise(model, fresh, wanted_dtype, where)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -273,15 +304,28 @@ def _check_twins(slots: list[Slot], weights: Weights) -> None:
                 )
 
 
-def _check_overflow(target: Tensor, source: Tensor, name: str, weights: Weights) -> None:
-    """Check that a conversion to float16, which ends at 65504, lost no value."""
-    if target.dtype != torch.float16 or source.dtype == torch.float16:
+def _filled(tensor: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give `tensor` with the values of `source`, or in place of one on meta a new one."""
+    if not tensor.is_meta:
+        return tensor.copy_(source)
+    # On the CPU the source still lives in its file.
+    if source.device.type != "cpu" and source.dtype == dtype and source.is_contiguous():
+        return source
+    return torch.empty(source.shape, dtype=dtype, device=source.device).copy_(source)
+
+
+def _check_overflow(lost: dict[str, Tensor], weights: Weights) -> None:
+    """Check that no conversion to float16, which ends at 65504, lost a value; waits only once."""
+    if not lost:
         return
-    if not torch.isfinite(target).all() and torch.isfinite(source).all():
-        raise CheckpointError(
-            f"{weights.entry}: {name} reaches {source.abs().max().item():.6g}, beyond float16: "
-            "load it as bfloat16 or float32"
-        )
+    device = next(iter(lost.values())).device
+    found = torch.stack([flag.to(device) for flag in lost.values()]).tolist()
+    for name, is_lost in zip(lost, found, strict=True):
+        if is_lost:
+            raise CheckpointError(
+                f"{weights.entry}: {name} reaches {weights.read(name).abs().max().item():.6g}, "
+                "beyond float16: load it as bfloat16 or float32"
+            )
 
 
 def _place(model: nn.Module, slot: Slot, tensor: Tensor) -> None:
@@ -340,7 +384,7 @@ def from_pretrained(
         ValueError, TypeError: the configuration cannot be honoured, or an override is unknown.
         CheckpointError: the weights do not fit.
     """
-    resolved = _resolve_dtype(dtype)
+    resolved, where = _resolve_dtype(dtype), _resolve_device(device)
     if config is None:
         config = read_config(folder, **config_overrides)
     else:
@@ -348,7 +392,7 @@ def from_pretrained(
     weights = find_weights(folder)
     with torch.device("meta"):
         model = cls(config)
-    load_state_dict_into(model, weights, resolved, device, progress, new_head=new_head)
+    load_state_dict_into(model, weights, resolved, where, progress, new_head=new_head)
     _read_generation_config(model, weights)
     return model.eval()
 
