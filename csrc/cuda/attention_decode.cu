@@ -31,10 +31,6 @@
 //
 // Called by csrc/cuda/attention.cu; the number of splits: csrc/common/attention_plan.h.
 
-#ifdef GEMMA2_EMULATE
-#include <stdlib.h>
-#endif
-
 #include "common/attention_plan.h"
 #include "common/mutate.h"
 #include "common/visibility.h"
@@ -486,13 +482,6 @@ struct Device {
   int multiprocessors, shared_bytes;  // of shared memory, on each
 };
 
-#ifdef GEMMA2_EMULATE
-// Tests make the device small, so that blocks get long.
-Device device() {
-  const char* multiprocessors = getenv("GEMMA2_EMULATED_MULTIPROCESSORS");
-  return {multiprocessors == nullptr ? 132 : atoi(multiprocessors), 228 * 1024};
-}
-#else
 Device device() {
   Device d = {1, 0};
   int current = 0;
@@ -501,7 +490,6 @@ Device device() {
   cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, current);
   return d;
 }
-#endif
 
 // Blocks that run at a time, if registers let `most` run on a multiprocessor.
 int64_t resident_blocks(int64_t most, int64_t shared_bytes) {

@@ -44,26 +44,26 @@ template <typename... Parameters, typename... Arguments>
 void launch(CudaCall& call, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || call.error != nullptr) return;
+  cudaError_t status = cudaSuccess;
+  // More than 48 KB a kernel must be allowed, on each device. Each time, since that costs less than
+  // knowing where it has been done; it is no work of the stream, so a graph may be captured.
+  if (shared_bytes > 48 * 1024)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes));
+  if (status == cudaSuccess) {
 #ifdef GEMMA2_EMULATE
-  call.error = emulator::launch(name, grid, block, shared_bytes, kernel,
-                                static_cast<Parameters>(arguments)...);
+    call.error = emulator::launch(name, grid, block, shared_bytes, kernel,
+                                  static_cast<Parameters>(arguments)...);
 #else
-  (void)name;
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) {
-      call.error = cudaGetErrorString(status);
-      return;
-    }
-  }
-  // clang-format off: it takes >>> for three brackets
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(
-      static_cast<Parameters>(arguments)...);
-  // clang-format on
-  const cudaError_t status = cudaGetLastError();
-  if (status != cudaSuccess) call.error = cudaGetErrorString(status);
+    (void)name;
+    // clang-format off: it takes >>> for three brackets
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(call.stream)>>>(
+        static_cast<Parameters>(arguments)...);
+    // clang-format on
 #endif
+  }
+  status = cudaGetLastError();  // and forget it: the next launch has nothing to do with it
+  if (status != cudaSuccess) call.error = cudaGetErrorString(status);
 }
 
 }  // namespace gemma2::cuda

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.cuda.emulation import LIBRARY, SOURCE, Emulator, Landing, Order
+from tests.cuda.emulation import SOURCE, Emulator, Landing, Order
 
 PLANTED = (SOURCE / "planted.cu").read_text().splitlines()
 READ, WRITE, BOTH = 0, 1, 2
@@ -200,7 +199,35 @@ def test_the_same_seed_gives_the_same_fault_and_another_an_other(emulator):
     assert len(set(faults)) > 1
 
 
-def test_a_launch_that_no_gpu_takes_is_refused(emulator):
-    assert Path(LIBRARY).exists()
-    fault = run(emulator, "no such kernel", False)
-    assert fault == "there is no such planted kernel"
+# name: what the launch says
+REFUSED = {
+    "threads_beyond_the_bounds": "a block of 96 threads: its __launch_bounds__ are 64",
+    "threads_beyond_1024": "a block of 1025 threads: 1 to 1024 are possible",
+    "shared_not_asked_for": "49168 bytes of dynamic shared memory: cudaFuncSetAttribute has allowed 49152",
+    "shared_beyond_the_device": "invalid argument",
+    "shared_beyond_a_small_device": "invalid argument",
+    "static_beyond_48_kb": "49156 bytes in all: a kernel has at most 49152",
+    "grid_x": "a grid of (2147483648, 1, 1)",
+    "grid_y": "a grid of (1, 65536, 1): at most (2^31 - 1, 65535, 65535) is possible",
+    "grid_z": "a grid of (1, 1, 65536)",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_launch_that_no_gpu_takes_is_refused(emulator, monkeypatch, name):
+    """And leaves no error behind for the next one."""
+    if "small_device" in name:
+        monkeypatch.setenv("GEMMA2_EMULATED_SHARED_KB", "100")  # as compute capability 8.6 has
+    if name == "threads_beyond_1024":
+        a, b = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+        operands = Operand(a, READ), Operand(b, READ), Operand(torch.empty(16, 8), WRITE)
+    else:
+        operands = Operand(floats(64), READ), Operand(floats(64), WRITE)
+    fault = run(emulator, name, True, *operands)
+    assert fault is not None
+    assert REFUSED[name] in fault
+    assert run(emulator, name, False, *operands) is None
+
+
+def test_an_unknown_planted_kernel_is_no_success(emulator):
+    assert run(emulator, "no such kernel", False) == "there is no such planted kernel"

@@ -10,12 +10,16 @@
 
 #include "common/dtype.h"
 #include "cuda/emulator/emulator.h"
+#include "cuda/emulator/host.h"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
+// The bound stays with the kernel: a no-op for each warp before its first instruction, which
+// emulator::launch counts (launch_bound in host.cpp).
+#define __launch_bounds__(...) \
+  __attribute__((patchable_function_entry(::gemma2::emulator::warps_of_bound(__VA_ARGS__))))
 #define __restrict__ __restrict
 #define __grid_constant__
 #define GEMMA2_DEVICE inline __attribute__((always_inline))

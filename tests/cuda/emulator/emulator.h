@@ -66,8 +66,10 @@ const char* check_written(const char* kernel);
 // ---- Launch ----
 
 // Runs entry(frame) in every thread. Null or a fault's text, which lives until the next launch.
-const char* run_launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared,
-                       const void* frame, size_t frame_bytes, void (*entry)(const void* frame));
+// `kernel`: the function, for what is known of it.
+const char* run_launch(const char* name, const void* kernel, dim3 grid, dim3 block,
+                       size_t dynamic_shared, const void* frame, size_t frame_bytes,
+                       void (*entry)(const void* frame));
 
 template <typename... Parameters>
 struct Frame {
@@ -84,8 +86,8 @@ template <typename... Parameters>
 const char* launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared,
                    void (*kernel)(Parameters...), Parameters... arguments) {
   const Frame<Parameters...> frame = {kernel, {arguments...}};
-  return run_launch(name, grid, block, dynamic_shared, &frame, sizeof frame,
-                    &Frame<Parameters...>::enter);
+  return run_launch(name, reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared,
+                    &frame, sizeof frame, &Frame<Parameters...>::enter);
 }
 
 // ---- Seen by the running thread ----

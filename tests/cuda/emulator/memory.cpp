@@ -302,8 +302,13 @@ void* static_shared_memory(const void* key, size_t bytes, size_t alignment) {
   size_t offset = r.shared_used + kRedZone;
   alignment = std::max<size_t>(alignment, 16);
   offset = (offset + alignment - 1) / alignment * alignment;
-  if (offset + bytes + kRedZone > kSharedBytes)
-    fault("static_shared: %zu bytes more than the block has", offset + bytes - kSharedBytes);
+  size_t all = bytes;  // without the red zones, which hardware has not
+  for (const Runtime::Piece& piece : r.pieces) all += piece.bytes;
+  if (all > kSharedUnasked)
+    fault("static_shared: %zu bytes in all: a kernel has at most %zu", all, kSharedUnasked);
+  if (all + r.dynamic_bytes > shared_of_block() || offset + bytes + kRedZone > kSharedBytes)
+    fault("static_shared: %zu bytes beside %zu dynamic ones: a block has at most %zu", all,
+          r.dynamic_bytes, shared_of_block());
   r.pieces.push_back({key, offset, bytes});
   r.shared_used = offset + bytes;
   return r.shared.data() + arena_shift() + offset;

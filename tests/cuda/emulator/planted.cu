@@ -262,6 +262,24 @@ __global__ void layout_too_large(const float* x, float* out, bool bug) {
   store(out + threadIdx.x, tile[threadIdx.x]);
 }
 
+// ---- Launches that no GPU takes, of a kernel without fault ----
+
+// One for each name of `kWhich`, since what a kernel has been allowed stays.
+template <int kWhich>
+__global__ void __launch_bounds__(kThreads) add_one(const float* x, float* out) {
+  store(out + threadIdx.x, load(x + threadIdx.x) + 1.0f);
+}
+
+struct Large {
+  float at[12 * 1024 + 1];
+};
+__global__ void static_beyond_48_kb(const float* x, float* out, bool bug) {
+  // BUG
+  float* tile = bug ? static_shared<Large>().at : static_shared<Tile>().at;
+  tile[threadIdx.x] = load(x + threadIdx.x);
+  store(out + threadIdx.x, tile[threadIdx.x]);
+}
+
 }  // namespace
 }  // namespace gemma2::cuda
 
@@ -314,6 +332,25 @@ extern "C" const char* gemma2_planted(const char* name, void* a, void* b, void* 
     launch(call, name, writes_its_input, 1, kThreads, 0, static_cast<float*>(a), out, bug);
   else if (is("layout_too_large"))
     launch(call, name, layout_too_large, 1, kThreads, sizeof(Tile), in, out, bug);
+  else if (is("threads_beyond_the_bounds"))
+    launch(call, name, add_one<0>, 1, bug ? kThreads + kWarp : kThreads, 0, in, out);
+  else if (is("threads_beyond_1024"))
+    launch(call, name, product, 1, bug ? 1025 : kWarp, 0, static_cast<const uint16_t*>(a),
+           static_cast<const uint16_t*>(b), static_cast<float*>(c), false);
+  else if (is("shared_not_asked_for"))
+    return bug ? gemma2::emulator::launch(name, 1, kThreads, 48 * 1024 + 16, add_one<1>, in, out)
+               : (launch(call, name, add_one<2>, 1, kThreads, 48 * 1024 + 16, in, out), call.error);
+  else if (is("shared_beyond_the_device"))
+    launch(call, name, add_one<3>, 1, kThreads, (bug ? 227 * 1024 + 16 : 227 * 1024), in, out);
+  else if (is("shared_beyond_a_small_device"))
+    launch(call, name, add_one<4>, 1, kThreads, (bug ? 99 * 1024 + 16 : 99 * 1024), in, out);
+  else if (is("static_beyond_48_kb"))
+    launch(call, name, static_beyond_48_kb, 1, kThreads, 0, in, out, bug);
+  else if (is("grid_y") || is("grid_z")) {
+    const unsigned n = bug ? 65536 : 1;
+    launch(call, name, add_one<5>, is("grid_y") ? dim3(1, n) : dim3(1, 1, n), kThreads, 0, in, out);
+  } else if (is("grid_x"))
+    launch(call, name, add_one<5>, dim3(bug ? 0x80000000u : 1), kThreads, 0, in, out);
   else
     return "there is no such planted kernel";
   return call.error;

@@ -18,7 +18,8 @@ namespace gemma2::emulator {
 constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarpSize;
-constexpr size_t kSharedBytes = 227 * 1024;  // the most a block can have (compute capability 9.0)
+constexpr size_t kSharedBytes = 227 * 1024;   // the most a block can have (compute capability 9.0)
+constexpr size_t kSharedUnasked = 48 * 1024;  // static, or dynamic without cudaFuncSetAttribute
 
 // ---- Who ran before whom ----
 //
@@ -192,6 +193,11 @@ struct Runtime {
   size_t stack_bytes = 0;
 };
 Runtime& rt();
+
+// ---- host.cpp ----
+size_t shared_of_block();                           // of the emulated device
+size_t dynamic_shared_allowed(const void* kernel);  // by cudaFuncSetAttribute, or unasked
+uint64_t launch_bound(const void* kernel);          // threads; 0: none
 
 // ---- scheduler.cpp ----
 void wait_here(const char* what, void* site);  // until make_ready

@@ -422,8 +422,9 @@ void meet(const char* what, unsigned lanes, void* data,
 
 // ---- Launch ----
 
-const char* run_launch(const char* name, dim3 grid, dim3 block, size_t dynamic_shared,
-                       const void* frame, size_t frame_bytes, void (*entry)(const void*)) {
+const char* run_launch(const char* name, const void* kernel, dim3 grid, dim3 block,
+                       size_t dynamic_shared, const void* frame, size_t frame_bytes,
+                       void (*entry)(const void*)) {
   Runtime& r = rt();
   r.kernel = name;
   r.grid = grid;
@@ -435,15 +436,20 @@ const char* run_launch(const char* name, dim3 grid, dim3 block, size_t dynamic_s
   r.failed = r.suspended = r.running = false;
   r.text.clear();
   r.random = r.settings.seed;
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z, bound = launch_bound(kernel);
   std::ostringstream bad;
   if (threads == 0 || threads > kMaxThreads)
     bad << "a block of " << threads << " threads: 1 to 1024 are possible";
+  else if (bound > 0 && threads > bound)
+    bad << "a block of " << threads << " threads: its __launch_bounds__ are " << bound;
   else if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
     bad << "a grid of (" << grid.x << ", " << grid.y << ", " << grid.z
         << "): at most (2^31 - 1, 65535, 65535) is possible";
-  else if (dynamic_shared > kSharedBytes)
-    bad << dynamic_shared << " bytes of shared memory: a block has at most " << kSharedBytes;
+  else if (dynamic_shared > shared_of_block())
+    bad << dynamic_shared << " bytes of shared memory: a block has at most " << shared_of_block();
+  else if (dynamic_shared > dynamic_shared_allowed(kernel))
+    bad << dynamic_shared << " bytes of dynamic shared memory: cudaFuncSetAttribute has allowed "
+        << dynamic_shared_allowed(kernel);
   if (bad.tellp() > 0) {
     r.text = std::string("kernel ") + name + ": " + bad.str();
     return r.text.c_str();
