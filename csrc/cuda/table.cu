@@ -18,6 +18,7 @@ void rope_cache(const RopeParams&, const CacheWriteParams&, CudaCall&);
 void attention(const AttentionParams&, CudaCall&);
 void geglu(const GegluParams&, CudaCall&);
 void softcap(const SoftcapParams&, CudaCall&);
+void linear(const LinearParams&, CudaCall&);
 void sample(const SampleParams&, CudaCall&);
 
 namespace {
@@ -32,7 +33,7 @@ const CudaKernels kKernels = {
     .attention = attention,
     .geglu = geglu,
     .softcap = softcap,
-    .linear = nullptr,  // gemma2.ops.linear leaves dense products to torch's cuBLAS
+    .linear = linear,
     .sample = sample,
 };
 

@@ -174,6 +174,14 @@ void softcap(const SoftcapParams& p, CudaCall& call) {
   run("softcap", call, [&](const CudaKernels& kernels) { kernels.softcap(p, call); });
 }
 
+void linear(const LinearParams& p, CudaCall& call) {
+  clear_regions();
+  rows("x", p.x, p.m, p.k, p.x_stride, p.dtype, Access::read);
+  rows("weight", p.weight, p.n, p.k, p.weight_stride, p.dtype, Access::read);
+  rows("out", p.out, p.m, p.n, p.n, p.dtype, Access::write);
+  run("linear", call, [&](const CudaKernels& kernels) { kernels.linear(p, call); });
+}
+
 void sample(const SampleParams& p, CudaCall& call) {
   clear_regions();
   rows("logits", p.logits, p.batch, p.vocab, p.logits_stride, p.dtype, Access::read);
@@ -195,7 +203,7 @@ const CudaKernels kEmulated = {
     .attention = gemma2_cuda_kernels()->attention == nullptr ? nullptr : attention,
     .geglu = geglu,
     .softcap = softcap,
-    .linear = nullptr,
+    .linear = linear,
     .sample = sample,
 };
 
