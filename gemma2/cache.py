@@ -171,7 +171,8 @@ class HybridCache:
             ValueError: more tokens than max_cache_len; nothing has been changed.
         """
         need = self._longest + columns
-        if readable(kv_len) or (need > self.max_cache_len and has_values(kv_len)):
+        tight = need > self.max_cache_len and not self.growable and has_values(kv_len)
+        if readable(kv_len) or tight:
             # Exact. On another device this waits, but only where padding may save the call.
             need = int(kv_len.max()) if kv_len.numel() else 0
         if need > self.max_cache_len:
@@ -473,6 +474,20 @@ class HybridCache:
                 f"{self.max_cache_len}"
             )
         self._longest += n
+
+    def settle(self, longest: int) -> None:
+        """Take `longest` for the tokens in the longest row, from who knows it without waiting."""
+        self._longest = longest
+
+    def tensors(self) -> list[Tensor]:
+        """Give the tensors that a forward call works on in place, which a captured graph is bound to.
+
+        Growth, reset(), restore() and snapshot() change some of them.
+        """
+        kept = [t for layer in self.layers for t in (layer.k, layer.v) if t is not None]
+        watched = sorted(self._snapshots, key=id)
+        kept += [self.lengths, self._written, *(self._history or ())]
+        return kept + [snapshot._lowest_write for snapshot in watched]
 
     # ---- memory ---------------------------------------------------------------------------------
 
