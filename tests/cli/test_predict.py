@@ -65,6 +65,13 @@ def test_every_case_of_the_benchmarks_is_predicted(module):
     assert found > 0
 
 
+@pytest.mark.parametrize(
+    ("device", "published"), [(A100, 312e12), (H100, 0.62 * 989.4e12), (RTX_4090, 165.2e12)]
+)
+def test_rates_of_products_are_those_of_the_data_sheets(device, published):
+    assert device.products * device.sms * device.clock == pytest.approx(published, rel=0.005)
+
+
 # ---- Sums by hand -------------------------------------------------------------------------------
 
 
