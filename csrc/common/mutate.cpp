@@ -9,23 +9,43 @@
 namespace gemma2 {
 namespace {
 
-Mutation read_mutation() {
-  const char* value = std::getenv("GEMMA2_MUTATE");
-  const std::string name = value == nullptr ? "" : value;
-  if (name.empty()) return Mutation::none;
-  if (name == "cap_dropped") return Mutation::cap_dropped;
-  if (name == "logits_cap_dropped") return Mutation::logits_cap_dropped;
-  if (name == "window_off_by_one") return Mutation::window_off_by_one;
-  if (name == "norm_without_one") return Mutation::norm_without_one;
-  if (name == "embed_unrounded") return Mutation::embed_unrounded;
-  if (name == "ring_slot_shifted") return Mutation::ring_slot_shifted;
-  if (name == "future_visible") return Mutation::future_visible;
-  throw std::invalid_argument("GEMMA2_MUTATE: no mutation is named '" + name + "'");
+struct Named {
+  const char* name;
+  Mutation mutation;
+};
+constexpr Named kNames[] = {
+    {"", Mutation::none},
+    {"cap_dropped", Mutation::cap_dropped},
+    {"logits_cap_dropped", Mutation::logits_cap_dropped},
+    {"window_off_by_one", Mutation::window_off_by_one},
+    {"norm_without_one", Mutation::norm_without_one},
+    {"embed_unrounded", Mutation::embed_unrounded},
+    {"ring_slot_shifted", Mutation::ring_slot_shifted},
+    {"future_visible", Mutation::future_visible},
+    {"documents_ignored", Mutation::documents_ignored},
+    {"ring_slot_misread", Mutation::ring_slot_misread},
+    {"groups_interleaved", Mutation::groups_interleaved},
+    {"split_left_out", Mutation::split_left_out},
+    {"splits_unweighted", Mutation::splits_unweighted},
+    {"lse_from_rounded", Mutation::lse_from_rounded},
+    {"lse_without_maximum", Mutation::lse_without_maximum},
+    {"waits_too_little", Mutation::waits_too_little},
+};
+
+Mutation of_environment() {
+  const char* name = std::getenv("GEMMA2_MUTATE");
+  return mutation_named(name == nullptr ? "" : name);
 }
 
 }  // namespace
 
-const Mutation active_mutation = read_mutation();
+Mutation mutation_named(const char* name) {
+  for (const Named& named : kNames)
+    if (std::string(named.name) == name) return named.mutation;
+  throw std::invalid_argument(std::string("GEMMA2_MUTATE: no mutation is named '") + name + "'");
+}
+
+Mutation active_mutation = of_environment();
 
 }  // namespace gemma2
 

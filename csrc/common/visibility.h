@@ -25,6 +25,7 @@ GEMMA2_HOST_DEVICE static inline KeyRange visible_keys(int64_t p, int64_t kv_len
   int64_t hi = p + 1;
   if (mutated(Mutation::future_visible)) hi += 1;
   if (hi > kv_len) hi = kv_len;
+  if (mutated(Mutation::documents_ignored)) kv_start = 0;
   int64_t lo = kv_start > k_base ? kv_start : k_base;
   if (lo < 0) lo = 0;
   if (window > 0) {
@@ -38,6 +39,18 @@ GEMMA2_HOST_DEVICE static inline KeyRange visible_keys(int64_t p, int64_t kv_len
 // Slot of position p in a buffer of `capacity` slots whose slot 0 holds k_base (0 for a ring).
 GEMMA2_HOST_DEVICE static inline int64_t slot_of(int64_t p, int64_t k_base, int64_t capacity) {
   return (p - k_base) % capacity;
+}
+// The same for a kernel that reads.
+GEMMA2_HOST_DEVICE static inline int64_t read_slot(int64_t p, int64_t k_base, int64_t capacity) {
+  if (mutated(Mutation::ring_slot_misread)) p += 1;
+  return slot_of(p, k_base, capacity);
+}
+
+// Query head `member` of the `group` that share key/value head `kv_head`.
+GEMMA2_HOST_DEVICE static inline int64_t query_head(int64_t kv_head, int64_t member, int64_t group,
+                                                    int64_t kv_heads) {
+  if (mutated(Mutation::groups_interleaved)) return member * kv_heads + kv_head;
+  return kv_head * group + member;
 }
 
 }  // namespace gemma2

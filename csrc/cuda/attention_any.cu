@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) any_kernel(AttentionParams p, Plan p
     const int64_t row = first + r;
     float4 q = {0, 0, 0, 0};
     if (row < plan.rows) {
-      const int64_t head = h * plan.group + row % plan.group;
+      const int64_t head = query_head(h, row % plan.group, plan.group, p.kv_heads);
       q = load_four(p.q,
                     b * p.q_strides.b + head * p.q_strides.h + row / plan.group * p.q_strides.s + d,
                     p.q_dtype, false);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) any_kernel(AttentionParams p, Plan p
 #pragma unroll
     for (int bits = kWarp / 2; bits > 0; bits /= 2) seen |= shuffle_xor(seen, bits);
     if (seen == 0) continue;  // the same in all warps
-    const int64_t slot = seen >> lane & 1 ? slot_of(start + lane, k_base, p.capacity) : 0;
+    const int64_t slot = seen >> lane & 1 ? read_slot(start + lane, k_base, p.capacity) : 0;
 
     sync_block();  // the tile before has been used
     load_tile(tile, p.k, k_at, p.k_strides.s, p.kv_dtype, plan.wide, seen, slot);
@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(kThreads) any_kernel(AttentionParams p, Plan p
     const float total = sum_warp(l[r]);
     const int64_t row = first + warp * kWarpRows + r;
     if (row >= plan.rows) continue;
-    const int64_t head = h * plan.group + row % plan.group, column = row / plan.group;
+    const int64_t head = query_head(h, row % plan.group, plan.group, p.kv_heads);
+    const int64_t column = row / plan.group;
     const bool empty = total == 0;  // NaN is not empty
     const int64_t at = b * p.out_strides.b + head * p.out_strides.h + column * p.out_strides.s;
 #pragma unroll
@@ -245,9 +246,11 @@ __global__ void __launch_bounds__(kThreads) any_kernel(AttentionParams p, Plan p
       for (int e = 0; e < kPer; ++e)
         store_element(p.out, at + (i * kWarp + lane) * kPer + e, p.q_dtype,
                       empty ? 0.0f : o[r][i][e] / total);
-    if (lane == 0)
+    if (lane == 0) {
+      const float most = mutated(Mutation::lse_without_maximum) ? 0.0f : m[r];
       store(p.lse + (b * p.q_heads + head) * p.q_length + column,
-            empty ? -INFINITY : fmaf(plan.to_exponent, m[r], logf(total)));
+            empty ? -INFINITY : fmaf(plan.to_exponent, most, logf(total)));
+    }
   }
 }
 

@@ -91,7 +91,7 @@ struct Decode {
 // Rows are query by query: row r is head r % group of query r / group, which is exact for r < 16.
 GEMMA2_DEVICE int query_of(const Decode& d, int row) { return row * d.inverse_group >> 8; }
 GEMMA2_DEVICE int64_t head_of(const Decode& d, int64_t kv_head, int row) {
-  return kv_head * d.group + row - query_of(d, row) * d.group;
+  return query_head(kv_head, row - query_of(d, row) * d.group, d.group, d.kv_heads);
 }
 
 // log2 of p, of a row that sees the key.
@@ -134,7 +134,7 @@ GEMMA2_DEVICE Work work_of(const Decode& d, int64_t b, int split, int lane, Rang
   if (first >= end) return work;
   const int keys = static_cast<int>(end - first);
   work.keys = {split_begin(keys, d.splits, split), split_begin(keys, d.splits, split + 1)};
-  work.first_slot = static_cast<int>(slot_of(first, k_base, p.capacity));
+  work.first_slot = static_cast<int>(read_slot(first, k_base, p.capacity));
   Range sees = {0, 0};
   if (lo < hi)
     sees = {max(static_cast<int>(lo - first), work.keys.begin),
@@ -306,8 +306,6 @@ GEMMA2_DEVICE void multiply_values(const Decode& d, const unsigned char* values,
   }
 }
 
-GEMMA2_DEVICE float log_sum_exp(float exact, float most) { return logf(exact) + most * kLn2; }
-
 // A row's elements [column, column + 2) of the result, in q's dtype.
 template <typename T>
 GEMMA2_DEVICE void store_pair(const AttentionParams& p, int64_t b, int64_t head, int64_t query,
@@ -389,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
         store_pair<T>(p, b, head, query, column + n * 8, state.o[n][half * 2] * scale,
                       state.o[n][half * 2 + 1] * scale);
       if (first)
-        store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(exact, most));
+        store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(sum, exact, most));
       continue;
     }
     const int64_t at = (int64_t{blockIdx.x} * d.splits + blockIdx.y) * d.rows + row;
@@ -418,6 +416,7 @@ template <typename T, bool kOnline>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
   Combine& shared = static_shared<Combine>();
   const AttentionParams& p = d.p;
+  const int splits = mutated(Mutation::split_left_out) ? d.splits - 1 : d.splits;
   const int thread = threadIdx.x, group = thread / kPacks, first = blockIdx.y * kColumns;
   const int sequence = blockIdx.x / d.rows, row = blockIdx.x % d.rows;
   const int64_t at = int64_t{sequence} * d.splits * d.rows + row;
@@ -427,19 +426,19 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
 #pragma unroll
   for (int i = 0; i < kMaxSplits / kGroups; ++i) {
     const int split = i * kGroups + group;
-    part[i] = split < d.splits
+    part[i] = split < splits
                   ? load(reinterpret_cast<const float4*>(d.o + (at + split * d.rows) * p.head_dim +
                                                          first + thread % kPacks * 4))
                   : float4{0, 0, 0, 0};
   }
   float4 sums = {0, 0, kOnline ? -INFINITY : 0.0f, 0};
-  if (thread < d.splits)
-    sums = load(reinterpret_cast<const float4*>(d.sums + at + thread * d.rows));
+  if (thread < splits) sums = load(reinterpret_cast<const float4*>(d.sums + at + thread * d.rows));
 
   float most = 0;
   if constexpr (kOnline) {
     most = max_block<kWarps>(sums.z, shared.most);
-    const float weight = exp2_approx(sums.z - (most == -INFINITY ? 0.0f : most));
+    float weight = exp2_approx(sums.z - (most == -INFINITY ? 0.0f : most));
+    if (mutated(Mutation::splits_unweighted)) weight = 1;
     store(&shared.weights[thread], weight);
     sums.x *= weight;
     sums.y *= weight;
@@ -473,7 +472,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
     store_pair<T>(p, b, head, query, first + thread * 2, x * scale, y * scale);
   }
   if (thread == 0 && blockIdx.y == 0)
-    store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(exact, most));
+    store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(sum, exact, most));
 }
 
 // ---- Launches ----

@@ -120,7 +120,7 @@ GEMMA2_DEVICE Span find_span(Layout<kDim>& tile, const AttentionParams& p, const
     store(&tile.hi[row], empty ? 0 : static_cast<int>(rows[i].hi - origin));
   }
   return {static_cast<int>(lo - origin), static_cast<int>(hi - origin),
-          static_cast<uint32_t>(slot_of(lo, p.k_base == nullptr ? 0 : p.k_base[b], p.capacity))};
+          static_cast<uint32_t>(read_slot(lo, p.k_base == nullptr ? 0 : p.k_base[b], p.capacity))};
 }
 
 // What this thread's two rows see of the tile of keys from `start` on.
@@ -202,8 +202,8 @@ GEMMA2_DEVICE void copy_tile(unsigned char* to, const void* x, int64_t stride, i
 struct RowPlace {
   int64_t head, column;
 };
-GEMMA2_DEVICE RowPlace place_of(const Plan& plan, int64_t h, int row) {
-  return {h * plan.group + row % plan.group, row / plan.group};
+GEMMA2_DEVICE RowPlace place_of(const AttentionParams& p, const Plan& plan, int64_t h, int row) {
+  return {query_head(h, row % plan.group, plan.group, p.kv_heads), row / plan.group};
 }
 
 // Starts copying the warp's own rows of Q.
@@ -217,7 +217,7 @@ GEMMA2_DEVICE void copy_queries(unsigned char* tile, const AttentionParams& p, c
   for (int c = lane; c < kWarpRows * kChunks; c += kWarp) {
     const int row = warp * kWarpRows + c / kChunks, chunk = c % kChunks;
     const bool valid = first + row < plan.rows;
-    const RowPlace at = place_of(plan, h, valid ? first + row : 0);
+    const RowPlace at = place_of(p, plan, h, valid ? first + row : 0);
     copy_async<16>(tile + tile_offset<kDim>(row, chunk),
                    q + at.head * p.q_strides.h + at.column * p.q_strides.s + chunk * 8, valid);
   }
@@ -377,8 +377,8 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
       store(reinterpret_cast<uint32_t*>(tile.q + tile_offset<kDim>(in_tile, d)) + lane % 4,
             pack2<T>(o[d][2 * i] * inverse, o[d][2 * i + 1] * inverse));
     if (lane % 4 == 0 && row < plan.rows) {
-      const RowPlace at = place_of(plan, h, row);
-      const float lse = logf(state.exact[i]) + (kOnline ? state.m[i] * kLn2 : 0.0f);
+      const RowPlace at = place_of(p, plan, h, row);
+      const float lse = log_sum_exp(state.l[i], state.exact[i], kOnline ? state.m[i] : 0.0f);
       store(p.lse + (b * p.q_heads + at.head) * p.q_length + at.column, empty ? -INFINITY : lse);
     }
   }
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
   for (int c = lane; c < kWarpRows * kChunks; c += kWarp) {
     const int in_tile = warp * kWarpRows + c / kChunks, chunk = c % kChunks, row = first + in_tile;
     if (row >= plan.rows) continue;
-    const RowPlace at = place_of(plan, h, row);
+    const RowPlace at = place_of(p, plan, h, row);
     store(reinterpret_cast<uint4*>(out + at.head * p.out_strides.h + at.column * p.out_strides.s +
                                    chunk * 8),
           load(reinterpret_cast<const uint4*>(tile.q + tile_offset<kDim>(in_tile, chunk))));

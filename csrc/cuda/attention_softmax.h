@@ -11,6 +11,7 @@
 
 #include <math.h>
 
+#include "common/mutate.h"
 #include "cuda/ptx.h"
 
 namespace gemma2::cuda {
@@ -134,6 +135,13 @@ GEMMA2_DEVICE void finish(SoftmaxState& state) {
       state.l[i] += shuffle_xor(state.l[i], bits);
       state.exact[i] += shuffle_xor(state.exact[i], bits);
     }
+}
+
+// Of a row: `sum` of p as it was rounded, `exact` before, relative to 2^most.
+GEMMA2_DEVICE float log_sum_exp(float sum, float exact, float most) {
+  if (mutated(Mutation::lse_from_rounded)) exact = sum;
+  if (mutated(Mutation::lse_without_maximum)) most = 0;
+  return logf(exact) + most * kLn2;
 }
 
 }  // namespace gemma2::cuda

@@ -73,6 +73,7 @@ class Emulator:
         for name in ("emulator_counters", "emulator_check_written", "planted", "interpret"):
             getattr(self.library, f"gemma2_{name}").restype = ctypes.c_char_p
         self.library.gemma2_emulated_kernels.restype = ctypes.c_void_p
+        self.library.gemma2_emulator_mutate.restype = ctypes.c_bool
         self.library.gemma2_emulator_blocks.restype = ctypes.c_uint64
 
     def configure(
@@ -95,6 +96,16 @@ class Emulator:
 
     def uninstall(self, operators: Path) -> None:
         ctypes.CDLL(str(operators)).gemma2_install_kernels(ctypes.c_void_p(None), True)
+
+    @contextmanager
+    def mutated(self, name: str) -> Iterator[None]:
+        """Inside, the kernels have this fault of csrc/common/mutate.h."""
+        if not self.library.gemma2_emulator_mutate(name.encode()):
+            raise ValueError(f"no fault is named {name}")
+        try:
+            yield
+        finally:
+            self.library.gemma2_emulator_mutate(b"")
 
     def blocks(self) -> int:
         """Blocks that have run in this process."""

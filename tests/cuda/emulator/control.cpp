@@ -1,5 +1,8 @@
 // What Python sees of the emulator, by ctypes (tests/cuda/emulation.py).
 
+#include <exception>
+
+#include "common/mutate.h"
 #include "cuda/emulator/runtime.h"
 
 using namespace gemma2::emulator;
@@ -8,6 +11,16 @@ extern "C" {
 
 void gemma2_emulator_configure(uint64_t seed, int order, int landing, int counting) {
   settings() = {seed, static_cast<Order>(order), static_cast<Landing>(landing), counting != 0};
+}
+
+// A fault of csrc/common/mutate.h from now on; "": none. false: there is no such fault.
+bool gemma2_emulator_mutate(const char* name) {
+  try {
+    gemma2::active_mutation = gemma2::mutation_named(name);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 // As JSON: by kernel. Valid until the next call.

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "common/dtype.h"
+#include "common/mutate.h"
 #include "cuda/emulator/emulator.h"
 #include "cuda/emulator/host.h"
 
@@ -115,7 +116,7 @@ GEMMA2_DEVICE void copy_async(void* shared, const void* global, bool valid = tru
 GEMMA2_DEVICE void copy_async_commit() { emulator::copy_async_commit(); }
 template <int kPending>
 GEMMA2_DEVICE void copy_async_wait() {
-  emulator::copy_async_wait(kPending);
+  emulator::copy_async_wait(kPending + (mutated(Mutation::waits_too_little) ? 1 : 0));
 }
 
 // ---- Barriers ----
