@@ -5,8 +5,8 @@
 // joins the total: short chains keep roundings small. The order is the same whatever the shape is.
 //
 // Planned: 256 threads, 96 registers, 18.4 KB of shared memory, 16 resident warps. Bound by FMA,
-// and as much by reading shared memory: 8 accesses of 16 bytes for 64 FMA. With one row, 63 of 64
-// products are wasted. Tensor cores would round to tf32.
+// and as much by reading shared memory: 8 accesses of 16 bytes for 64 FMA. With one row,
+// one warp of 8 multiplies. Tensor cores would round to tf32.
 //
 // Called by csrc/cuda/linear.cu.
 
@@ -40,10 +40,8 @@ GEMMA2_DEVICE void copy_rows(float* tile, const void* matrix, int64_t stride, in
   }
 }
 
-GEMMA2_DEVICE void load_rows(float4 (&v)[kEach], const float* tile, int row, int k) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    v[i] = load(reinterpret_cast<const float4*>(tile + (row + i * kApart) * kStride + k));
+GEMMA2_DEVICE float4 load_4(const float* tile, int row, int k) {
+  return load(reinterpret_cast<const float4*>(tile + row * kStride + k));
 }
 
 __global__ void __launch_bounds__(kThreads, 2) f32_kernel(LinearParams p, int row_tiles) {
@@ -51,6 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2) f32_kernel(LinearParams p, int ro
   const int row = threadIdx.x / kApart, column = threadIdx.x % kApart;
   const int64_t first_row = int64_t{blockIdx.x % row_tiles} * kTile;
   const int64_t first_column = int64_t{blockIdx.x / row_tiles} * kTile;
+
+  const int64_t rows = p.m - first_row - row;  // this one and those below
 
   float total[kEach][kEach] = {};
   for (int64_t k = 0; k < p.k; k += kDepth) {
@@ -60,20 +60,25 @@ __global__ void __launch_bounds__(kThreads, 2) f32_kernel(LinearParams p, int ro
     copy_async_wait<0>();
     sync_block();
     float sum[kEach][kEach] = {};
+    if (rows > 0) {
 #pragma unroll 2
-    for (int i = 0; i < kDepth; i += 4) {
-      float4 x[kEach], w[kEach];
-      load_rows(x, shared.x, row, i);
-      load_rows(w, shared.weight, column, i);
+      for (int i = 0; i < kDepth; i += 4) {
+        float4 w[kEach];
 #pragma unroll
-      for (int a = 0; a < kEach; ++a)
+        for (int b = 0; b < kEach; ++b) w[b] = load_4(shared.weight, column + b * kApart, i);
 #pragma unroll
-        for (int b = 0; b < kEach; ++b) {
-          sum[a][b] += x[a].x * w[b].x;
-          sum[a][b] += x[a].y * w[b].y;
-          sum[a][b] += x[a].z * w[b].z;
-          sum[a][b] += x[a].w * w[b].w;
+        for (int a = 0; a < kEach; ++a) {
+          if (a * kApart >= rows) break;
+          const float4 x = load_4(shared.x, row + a * kApart, i);
+#pragma unroll
+          for (int b = 0; b < kEach; ++b) {
+            sum[a][b] += x.x * w[b].x;
+            sum[a][b] += x.y * w[b].y;
+            sum[a][b] += x.z * w[b].z;
+            sum[a][b] += x.w * w[b].w;
+          }
         }
+      }
     }
 #pragma unroll
     for (int a = 0; a < kEach; ++a)

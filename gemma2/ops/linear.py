@@ -37,6 +37,9 @@ def _torch_from_rows() -> dict[torch.dtype, int]:
 
 
 _TORCH_FROM_ROWS = _torch_from_rows()
+# On CUDA our kernel reads 16-bit weights once for up to 16 rows. The threshold is what the kernel is
+# made for; it has not been measured on a GPU yet.
+_CUDA_FROM_ROWS = {torch.float32: 1, torch.bfloat16: 17, torch.float16: 17}
 # Where torch's own product is fast, its autograd is also the shorter way to gradients.
 _TORCH_GRADIENTS = (torch.float32, *([torch.bfloat16] if _C.isa() == "avx512bf16" else []))
 
@@ -45,9 +48,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, accumulated in float32, rounded once.
 
     The package's kernel, or torch's product for many rows where that is faster on this machine and
-    dtype; on CUDA devices torch's (cuBLAS), in every mode. On the CPU, with
-    ``torch.are_deterministic_algorithms_enabled()`` always the kernel, in which a row's bits do not
-    depend on the other rows.
+    dtype. On CUDA devices the kernel takes up to 16 rows of bfloat16 or float16 (a threshold that is
+    not yet measured on a GPU) and cuBLAS the rest, float32, and whatever wants gradients.
+
+    With ``torch.are_deterministic_algorithms_enabled()`` always the kernel, on the CPU and on CUDA, in
+    which a row's bits do not depend on the other rows. Gradients then are still torch's products, on
+    CUDA cuBLAS's, which is the same in every run (torch asks for ``CUBLAS_WORKSPACE_CONFIG``).
 
     Args:
         x: ``[.., K]``, float32, bfloat16 or float16.
@@ -57,23 +63,27 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         ``[.., N]`` in x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    if x.is_cuda and weight.is_cuda:
-        return F.linear(x, weight)
-    if _torch_is_faster(x, weight) and not torch.are_deterministic_algorithms_enabled():
+    cuda = x.is_cuda
+    if (
+        weight.is_cuda == cuda  # the kernel's check says it better
+        and _torch_is_faster(x, weight, cuda)
+        and not torch.are_deterministic_algorithms_enabled()
+    ):
         return F.linear(x, weight)
     return library.linear(x, weight)
 
 
-def _torch_is_faster(x: Tensor, weight: Tensor) -> bool:
+def _torch_is_faster(x: Tensor, weight: Tensor, cuda: bool) -> bool:
+    """Whether torch's product is, on CUDA devices or on this CPU, and nothing is left to complain of."""
     if x.dtype != weight.dtype or weight.dim() != 2 or x.dim() < 1 or x.shape[-1] == 0:
         return False
     if x.shape[-1] != weight.shape[1]:
-        return False  # the kernel's check says it better
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return x.dtype in _TORCH_GRADIENTS
-    from_rows = _TORCH_FROM_ROWS.get(x.dtype)
+        return x.dtype in (_CUDA_FROM_ROWS if cuda else _TORCH_GRADIENTS)
+    from_rows = (_CUDA_FROM_ROWS if cuda else _TORCH_FROM_ROWS).get(x.dtype)
     return from_rows is not None and x.numel() >= from_rows * x.shape[-1]
 
 
@@ -90,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     dtype = x.dtype
     # In float32 where torch's product of the narrow dtype is slow.
-    wide = dtype if dtype in _TORCH_GRADIENTS else torch.float32
+    wide = dtype if grad.is_cuda or dtype in _TORCH_GRADIENTS else torch.float32
     rows = grad.reshape(-1, weight.shape[0]).to(wide)
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:

@@ -2,7 +2,8 @@
 
 `pytest -p tests.cuda.backend tests/ops/test_rms_norm.py` runs the same test file with the CUDA
 kernels, executed by the emulator, in the place of the CPU's. Operators without a CUDA kernel stay on
-the CPU. A run in which no block of a kernel ran fails: it would have tested nothing.
+the CPU, and so does `linear` but in its own tests: a whole model's products would take minutes. A run
+in which no block of a kernel ran fails: it would have tested nothing.
 GEMMA2_EMULATOR_SEED chooses another order of threads.
 """
 
@@ -23,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
     _emulator = Emulator()
     _emulator.configure(seed=int(os.environ.get("GEMMA2_EMULATOR_SEED", "0")))
     _emulator.install(operators_library())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    assert _emulator is not None
+    _emulator.library.gemma2_emulate_linear(item.path.stem == "test_linear")
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -16,6 +16,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 kernel = torch.ops.gemma2.linear
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def make(m, n, k, dtype, seed=0):
     """x [m, k] and weight [n, k]."""
     g = torch.Generator().manual_seed(seed)
@@ -51,13 +58,36 @@ def test_matches_float64_at_layer_sizes(m, n, k, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_others(dtype):
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 15, 16, 17])
+@pytest.mark.parametrize(("n", "k"), [(37, 320), (17, 8), (1, 264), (48, 2568), (33, 131)])
+def test_matches_float64_around_the_few_rows_that_cuda_tells_apart(m, n, k, dtype):
+    check(*make(m, n, k, dtype), floor=3e-6)
+
+
+SPANS = ((0, 1), (1, 2), (7, 3), (20, 4), (31, 5), (40, 6), (47, 8), (50, 9), (61, 16), (55, 17))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(300, 130, 517), (80, 72, 520), (80, 24, 2568), (80, 16, 4608)]
+)
+def test_a_row_does_not_depend_on_the_others(dtype, m, n, k, deterministic):
     """Bitwise, over every path that the number of rows chooses."""
-    x, weight = make(300, 130, 517, dtype)
-    whole = kernel(x, weight)
-    for first, rows in ((0, 1), (1, 2), (7, 3), (20, 4), (31, 5), (40, 6), (55, 17), (255, 45)):
+    x, weight = make(m, n, k, dtype)
+    whole = ops.linear(x, weight)
+    assert torch.equal(whole, kernel(x, weight))
+    for first, rows in (*SPANS, (m - 45, 45)):
         at = slice(first, first + rows)
-        assert torch.equal(kernel(x[at], weight), whole[at]), (first, rows)
+        assert torch.equal(ops.linear(x[at], weight), whole[at]), (first, rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_a_row_does_not_depend_on_what_the_others_hold(dtype, m):
+    x, weight = make(m, 40, 776, dtype)
+    expected = kernel(x, weight)
+    x[: m // 2] = float("nan")
+    assert torch.equal(kernel(x, weight)[m // 2 :], expected[m // 2 :])
 
 
 @pytest.mark.parametrize("m", [1, 70])
@@ -74,15 +104,38 @@ def test_threads_never_change_bits(m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 9])
-def test_strided_rows_equal_contiguous(dtype, m):
+@pytest.mark.parametrize("m", [1, 9, 20])
+@pytest.mark.parametrize(
+    "first", [40, 33]
+)  # rows of 16-bit numbers are aligned to 16 bytes, or not
+def test_strided_rows_equal_contiguous(dtype, m, first):
     x, weight = make(2 * m, 80, 200, dtype)
-    x_view, weight_view = x[::2, :160], weight[::2, 40:]
+    x_view, weight_view = x[::2, :160], weight[::2, first : first + 160]
     assert torch.equal(
         kernel(x_view, weight_view), kernel(x_view.contiguous(), weight_view.contiguous())
     )
     batch = x.view(m, 2, 200).transpose(0, 1)
     assert torch.equal(kernel(batch, weight), kernel(batch.contiguous(), weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 9, 20])
+@pytest.mark.parametrize("k", [40, 41, 264])
+def test_what_lies_between_rows_counts_for_nothing(dtype, m, k):
+    x, weight = make(m, 50, k + 24, dtype)
+    x[:, k:] = weight[:, k:] = float("nan")
+    x_view, weight_view = x[:, :k], weight[:, :k]
+    check(x_view, weight_view, floor=3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(0, 9, 16), (3, 0, 16), (3, 9, 0), (20, 9, 0), (0, 0, 0)]
+)
+def test_empty_dimensions_give_zeros_or_nothing(dtype, m, n, k):
+    out = kernel(*make(m, n, k, dtype))
+    assert out.shape == (m, n)
+    assert (out == 0).all()
 
 
 def test_leading_dimensions_stay():
@@ -119,6 +172,25 @@ def test_deterministic_mode_takes_the_kernel(dtype, monkeypatch):
         assert torch.equal(ops.linear(x, weight), kernel(x, weight))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (16, 64), (17, 64), (2, 8, 64), (3, 6, 64), (64,)])
+def test_on_cuda_up_to_16_rows_of_16_bits_are_the_kernels(shape):
+    """What is asked of CUDA tensors, asked of CPU tensors."""
+    rows = torch.Size(shape[:-1]).numel()
+    for dtype in DTYPES:
+        x, weight = torch.randn(shape).to(dtype), torch.randn(9, 64).to(dtype)
+        torch_leads = MODULE._torch_is_faster(x, weight, cuda=True)
+        assert torch_leads == (rows > 16 or dtype == torch.float32)
+        assert MODULE._torch_is_faster(x.requires_grad_(), weight, cuda=True)
+        with torch.no_grad():
+            assert MODULE._torch_is_faster(x, weight, cuda=True) == torch_leads
+
+
+def test_on_cuda_the_kernel_complains_of_bad_input():
+    x, weight = make(40, 7, 64, torch.float32)
+    bad = [(x, weight[:, :-1]), (x, weight.half()), (x, weight[0]), (x.double(), weight.double())]
+    assert not any(MODULE._torch_is_faster(a, b, cuda=True) for a, b in bad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
