@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gemma2.config import Gemma2Config
-from gemma2.ring import LayerCache, has_values, readable, round_up
+from gemma2.ring import LayerCache, has_values, keep_address, readable, round_up
 
 __all__ = ["CacheSnapshot", "HybridCache"]
 
@@ -101,6 +101,7 @@ class HybridCache:
             LayerCache(config.layer_window(i), margin) for i in range(config.num_hidden_layers)
         ]
         self._longest = 0  # upper bound of lengths; exact where lengths are readable
+        self._uncounted = False  # whether it is only max_cache_len, after a compiled call
         self._make_counters(self.device or torch.device("cpu"))
         # position_ids and start of the document of every position, int64 [B, max_cache_len + 1],
         # made once they say more than "position p, one document"; the last column takes padding
@@ -114,9 +115,10 @@ class HybridCache:
 
     def _make_counters(self, device: torch.device) -> None:
         with torch.inference_mode(False):
-            self.lengths = torch.zeros(self.max_batch_size, dtype=torch.int64, device=device)
+            lengths = torch.zeros(self.max_batch_size, dtype=torch.int64, device=device)
+            self.lengths = keep_address(lengths)
             # one more than the highest position written since reset, [B]
-            self._written = torch.zeros_like(self.lengths)
+            self._written = keep_address(torch.zeros_like(lengths))
 
     # ---- one forward call -----------------------------------------------------------------------
 
@@ -168,21 +170,17 @@ class HybridCache:
             dtype: of the keys and values, if the cache has none of its own.
 
         Raises:
-            ValueError: more tokens than max_cache_len; nothing has been changed.
+            ValueError: more tokens than max_cache_len; nothing has been changed. (RuntimeError in
+                compiled code; compiled for a GPU, the error stops the kernel.)
         """
-        need = self._longest + columns
-        tight = need > self.max_cache_len and not self.growable and has_values(kv_len)
-        if readable(kv_len) or tight:
-            # Exact. On another device this waits, but only where padding may save the call.
-            need = int(kv_len.max()) if kv_len.numel() else 0
-        if need > self.max_cache_len:
-            if not self.growable:
-                raise ValueError(
-                    f"past_key_values: the call needs room for {need} tokens in a row, "
-                    f"max_cache_len is {self.max_cache_len}: make a larger cache, call "
-                    f"grow({need}), or pass max_cache_len=None to grow on demand"
-                )
-            self._resize(round_up(max(need, 2 * self.max_cache_len)))
+        if self._is_counted_on_device():
+            torch._assert_async(
+                (kv_len <= self.max_cache_len).all(),
+                "past_key_values: a row of the call needs room for more tokens than max_cache_len, "
+                f"{self.max_cache_len}: make a larger cache, or call grow()",
+            )
+        else:
+            self._make_room(kv_len, columns)
         self.dtype = self.dtype or dtype
         batch = q_start.shape[0]
         for snapshot in self._snapshots:
@@ -194,6 +192,22 @@ class HybridCache:
             # Written as the layers go, so counted even if a later layer fails. Longer calls write
             # after the last layer, or have nothing to lose.
             self._count_written(kv_len)
+
+    def _make_room(self, kv_len: Tensor, columns: int) -> None:
+        need = self._longest_row() + columns
+        tight = need > self.max_cache_len and not self.growable and has_values(kv_len)
+        if readable(kv_len) or tight:
+            # Exact. On another device this waits, but only where padding may save the call.
+            need = int(kv_len.max()) if kv_len.numel() else 0
+        if need <= self.max_cache_len:
+            return
+        if not self.growable:
+            raise ValueError(
+                f"past_key_values: the call needs room for {need} tokens in a row, "
+                f"max_cache_len is {self.max_cache_len}: make a larger cache, call "
+                f"grow({need}), or pass max_cache_len=None to grow on demand"
+            )
+        self._resize(round_up(max(need, 2 * self.max_cache_len)))
 
     def layer(self, index: int, k: Tensor) -> LayerCache:
         """Give the cache of the layer whose new keys are k, with memory on their device.
@@ -222,9 +236,26 @@ class HybridCache:
         batch = kv_len.shape[0]
         self._count_written(kv_len)
         self.lengths[:batch].copy_(kv_len)
-        self._longest = (
-            int(self.lengths.max()) if readable(self.lengths) else self._longest + columns
-        )
+        if readable(self.lengths):
+            self.settle(int(self.lengths.max()))
+        elif self._is_counted_on_device():
+            self._longest, self._uncounted = self.max_cache_len, True
+        else:
+            self._longest += columns
+
+    def _is_counted_on_device(self) -> bool:
+        """Tell whether this is a compiled call that leaves the counting to the device.
+
+        A number of the host that changes with every step would be an input of the compiled code,
+        which would then be captured anew for each. Growth needs it all the same.
+        """
+        return torch.compiler.is_compiling() and not self.growable
+
+    def _longest_row(self) -> int:
+        """Give the upper bound of the lengths; after compiled calls this waits for the device."""
+        if has_values(self.lengths) and self._uncounted:
+            self.settle(int(self.lengths.max()))
+        return self._longest
 
     # ---- documents and position ids -------------------------------------------------------------
 
@@ -277,9 +308,9 @@ class HybridCache:
         """Give the tokens in the longest row; exact, past the window too.
 
         On a device that would have to be waited for: an upper bound, equal to it unless a call
-        had padding in every row.
+        had padding in every row. It is waited for after compiled calls.
         """
-        return int(self.lengths.max()) if readable(self.lengths) else self._longest
+        return int(self.lengths.max()) if readable(self.lengths) else self._longest_row()
 
     def get_max_cache_shape(self) -> int:
         """Give max_cache_len, under the name that transformers uses."""
@@ -336,7 +367,7 @@ class HybridCache:
             )
         self.lengths[:rows].copy_(target)
         self._written[:rows].masked_fill_(target == 0, 0)
-        self._longest = int(self.lengths.max())
+        self.settle(int(self.lengths.max()))
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Put a copy of row beam_idx[i] in row i.
@@ -376,7 +407,7 @@ class HybridCache:
         for snapshot in self._snapshots:
             snapshot._stale = "rows have been reordered since"
         if readable(self.lengths):
-            self._longest = int(self.lengths.max())
+            self.settle(int(self.lengths.max()))
 
     reorder_cache = reorder
 
@@ -384,7 +415,7 @@ class HybridCache:
         """Forget every token; the memory stays."""
         self.lengths.zero_()
         self._written.zero_()
-        self._longest = 0
+        self.settle(0)
         self._history = None
 
     def snapshot(self) -> CacheSnapshot:
@@ -400,7 +431,7 @@ class HybridCache:
             taken = CacheSnapshot(
                 self.lengths.clone(),
                 self._written.clone(),
-                self._longest,
+                self._longest_row(),
                 rings,
                 None if history is None else (history[0].clone(), history[1].clone()),
                 torch.full_like(self.lengths, torch.iinfo(torch.int64).max),
@@ -440,7 +471,7 @@ class HybridCache:
                     layer.v[:, :, :slots] = ring[1]
             self.lengths.copy_(snapshot.lengths)
             self._written.copy_(snapshot.written)
-            self._longest = snapshot.longest
+            self.settle(snapshot.longest)
             self._history = None
             if snapshot.history is not None:
                 with torch.inference_mode(False):
@@ -468,7 +499,7 @@ class HybridCache:
             ValueError: n is negative, or the sum exceeds max_cache_len; nothing has been changed.
         """
         _check_count("n", n, 0)
-        if self._longest + n > self.max_cache_len:
+        if self._longest_row() + n > self.max_cache_len:
             raise ValueError(
                 f"advance: {n} tokens after {self._longest} exceed max_cache_len, "
                 f"{self.max_cache_len}"
@@ -477,7 +508,7 @@ class HybridCache:
 
     def settle(self, longest: int) -> None:
         """Take `longest` for the tokens in the longest row, from who knows it without waiting."""
-        self._longest = longest
+        self._longest, self._uncounted = longest, False
 
     def tensors(self) -> list[Tensor]:
         """Give the tensors that a forward call works on in place, which a captured graph is bound to.

@@ -231,19 +231,19 @@ class Gemma2ForSequenceClassification(Gemma2PreTrainedModel):
                 problem += "_classification"
         shape = tuple(labels.shape)
         if problem == "single_label_classification":
-            wanted = f"int64 [{batch}], from 0 to {self.num_labels - 1} or {IGNORED}"
-            good = whole and shape in {(batch,), (batch, 1)}
+            good = whole and shape in ((batch,), (batch, 1))
             if good and readable(labels):
                 good = bool(
                     (((labels >= 0) & (labels < self.num_labels)) | (labels == IGNORED)).all()
                 )
         elif problem == "multi_label_classification":
-            wanted = f"floating [{batch}, {self.num_labels}]"
             good = not whole and shape == (batch, self.num_labels)
         else:
-            wanted = f"floating [{batch}, {self.num_labels}]"
             good = shape == (batch, self.num_labels) or (self.num_labels == 1 and shape == (batch,))
         if not good:
+            wanted = f"floating [{batch}, {self.num_labels}]"
+            if problem == "single_label_classification":
+                wanted = f"int64 [{batch}], from 0 to {self.num_labels - 1} or {IGNORED}"
             raise ValueError(
                 f"labels: is {labels.dtype} {list(shape)} for {problem}: it must be {wanted}"
             )

@@ -154,8 +154,9 @@ def _padding_mask(
             part that disagrees with the cache.
     """
     width = attention_mask.shape[1]
-    wanted = f"[{batch}, {columns}]" if cache is None else f"[{batch}, earlier + {columns}]"
     if attention_mask.shape[0] != batch or width < columns or (cache is None and width != columns):
+        # made here: a number in a text is compiled as a constant
+        wanted = f"[{batch}, {columns}]" if cache is None else f"[{batch}, earlier + {columns}]"
         raise ValueError(
             f"attention_mask: has shape {list(attention_mask.shape)}: a 2-D mask must be {wanted}"
         )
@@ -214,7 +215,7 @@ def _check_cache_position(
 def _check_position_ids(position_ids: Tensor, batch: int, columns: int) -> Tensor:
     if position_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"position_ids: is {position_ids.dtype}: it must be int64")
-    if tuple(position_ids.shape) not in {(batch, columns), (1, columns)}:
+    if position_ids.shape not in ((batch, columns), (1, columns)):
         raise ValueError(
             f"position_ids: has shape {list(position_ids.shape)}: it must be [{batch}, {columns}] "
             f"or [1, {columns}]"

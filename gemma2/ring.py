@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma2 import ops
 
-__all__ = ["TILE", "LayerCache", "has_values", "readable", "round_up"]
+__all__ = ["TILE", "LayerCache", "has_values", "keep_address", "readable", "round_up"]
 
 TILE = 128  # ring capacities and the start of linear buffers are multiples of it
 
@@ -30,6 +30,17 @@ def has_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def keep_address(tensor: Tensor) -> Tensor:
+    """Tell compiled code that `tensor` is written in place and stays where it is.
+
+    Without it `torch.compile(mode="reduce-overhead")` would not capture what writes to it.
+    """
+    if not torch.compiler.is_compiling():
+        # as torch._dynamo.mark_static_address does, whose import takes a second
+        tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    return tensor
 
 
 class LayerCache:
@@ -72,8 +83,8 @@ class LayerCache:
         # A tensor made in inference mode could not be written to outside of it. Zeros, because
         # the reference path multiplies hidden slots by 0, and 0 times garbage may be NaN.
         with torch.inference_mode(False):
-            self.k = torch.zeros(shape, device=device, dtype=dtype)
-            self.v = torch.zeros(shape, device=device, dtype=dtype)
+            self.k = keep_address(torch.zeros(shape, device=device, dtype=dtype))
+            self.v = keep_address(torch.zeros(shape, device=device, dtype=dtype))
 
     def buffers(self, batch: int) -> tuple[Tensor, Tensor]:
         """Give `k` and `v` of the first `batch` rows, [batch, Hkv, C, D]."""
