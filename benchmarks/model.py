@@ -1,5 +1,7 @@
 """The whole model beside transformers with eager attention: tokens per second and peak memory.
 
+On a GPU it is benchmarks/model_gpu.py. On the CPU
+
     python -m benchmarks.model --size 2b --prompt 512 --new 32 --isa avx2 --json results/model.json
 
 saves a model with random weights, then loads it with `from_pretrained` in one process per variant:
@@ -24,10 +26,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.model_gpu import Clock, cuda_cases, run_on, tiny
 from gemma2 import Gemma2Config, Gemma2ForCausalLM
 from gemma2.bench import machine, markdown, peak_memory, random_model
 
-__all__ = ["cases", "compare", "main", "run"]
+__all__ = ["cases", "compare", "cuda_cases", "main", "run", "tiny"]
 
 SMALL = {
     "vocab_size": 16384,
@@ -53,19 +56,6 @@ def sized(size: str, layers: int | None = None) -> Gemma2Config:
         return config
     kept = config.layer_types[:layers]
     return Gemma2Config.from_dict(config.to_dict(), num_hidden_layers=layers, layer_types=kept)
-
-
-class Clock:
-    """A streamer that notes when the prompt and each token came."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
 
 
 # ---- what runs in a process of its own ----------------------------------------------------------
@@ -177,8 +167,8 @@ def cases() -> list[dict[str, Any]]:
 
 
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    if device.type != "cpu":
-        raise NotImplementedError(f"the whole model is compared on the CPU only, not on {device}")
+    if "kind" in case:  # a GPU's
+        return run_on(case, device)
     args = _parser().parse_args([])
     for name, value in case.items():
         setattr(args, name, value)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs in turns, compiled peers, CUDA graphs, the copy to compare with.
+"""What the benchmarks share: inputs in turns, compiled peers, CUDA graphs, rates to compare with.
 
 A GPU's second-level cache holds tens of megabytes, more than most operators move in a call. In a
 model other layers run between two calls, so a benchmark that uses one set of buffers again and again
@@ -9,10 +9,13 @@ for a round, so that outputs do not share one buffer either. On the CPU there is
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,22 @@ from torch import Tensor
 
 from gemma2.bench import Timing, measure
 
-__all__ = ["Draw", "Inputs", "Turns", "compiled", "copy_rate", "last_level_cache", "timer"]
+__all__ = [
+    "Draw",
+    "Inputs",
+    "Turns",
+    "compiled",
+    "copy_rate",
+    "last_level_cache",
+    "product_rate",
+    "time_limit",
+    "timer",
+]
 
 MOST_SETS = 512  # of small inputs; a graph has a node for each kernel of each set
 MOST_BYTES = 4 << 30  # of all sets of a case
 COPY_BYTES = 256 << 20  # at least, of the copy that figures are compared with
+PRODUCT = 8192  # rows, columns and depth of the product that figures are compared with
 GRAPH_BELOW = 100e-6  # seconds of a call, below which Python's share of it is worth removing
 
 
@@ -144,7 +158,31 @@ def timer(
     return time_replays
 
 
-# ---- what bandwidth is compared with ------------------------------------------------------------
+@contextlib.contextmanager
+def time_limit(end: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once time.monotonic() is `end`; infinity for no limit.
+
+    Between two Python instructions, so that a long call of a library ends first.
+    """
+    if math.isinf(end):
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise TimeoutError("over the time budget")
+
+    if time.monotonic() >= end:
+        over()
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(1e-3, end - time.monotonic()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- what figures are compared with -------------------------------------------------------------
 
 
 def last_level_cache() -> int:
@@ -166,3 +204,15 @@ def copy_rate(device: torch.device, seconds: float = 1.0, size: int | None = Non
     target = torch.zeros_like(source)
     took = measure(lambda: target.copy_(source), seconds, least=5, device=device)
     return 2 * size / took.min
+
+
+def product_rate(device: torch.device, seconds: float = 1.0, size: int = PRODUCT) -> float:
+    """Give the FLOP per second of torch's product of two random bfloat16 matrices: the median.
+
+    A GPU's clock falls as it works, so the best of many is not what it keeps up.
+    """
+    draw = Draw(device)
+    a, b = (draw.normal(size, size, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    took = measure(lambda: torch.mm(a, b, out=out), seconds, least=5, warm_up=3, device=device)
+    return 2 * size**3 / took.median

@@ -212,16 +212,21 @@ def cache_bytes(config: Gemma2Config, tokens: int, dtype: torch.dtype) -> int:
 # ---- the whole model ----------------------------------------------------------------------------
 
 
-def random_model(config: Gemma2Config, dtype: torch.dtype = torch.bfloat16) -> Gemma2ForCausalLM:
-    """Give a causal model whose weights are one block of random numbers, again and again.
+def random_model(
+    config: Gemma2Config,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Gemma2ForCausalLM:
+    """Give a causal model, made on `device`, whose weights are one random block again and again.
 
     The numbers do not matter for speed, and drawing billions of them would take minutes.
     """
     with torch.device("meta"):
         model = Gemma2ForCausalLM(config)
-    model.to(dtype).to_empty(device="cpu")
+    model.to(dtype).to_empty(device=device)
     model.tie_weights()
-    block = (torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    block = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)) * 0.02
+    block = block.to(device, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             flat = parameter.view(-1)

@@ -54,6 +54,7 @@ def test_the_runner_times_ours_and_the_peers_in_turns(nap, capsys):
         assert row["peer us"] >= row["ms"] * 3000
         assert row["note"] == "asleep"
         assert row["other us"] is None
+        assert row["not timed"] == "other: RuntimeError: no such shape"
     assert "other: RuntimeError: no such shape" in capsys.readouterr().err
     (row,) = runner.run_benchmark("nap", seconds=0.02, only="ms=2", without=["peer"])
     assert "peer us" not in row
@@ -91,9 +92,11 @@ def test_a_failure_of_ours_is_not_passed_over(monkeypatch, tmp_path):
     ("error", "outcome"),
     [(RuntimeError("ours is broken"), "failed"), (NotImplementedError("no kernel"), "not run")],
 )
-def test_where_all_cases_are_wanted_a_failure_is_a_row(monkeypatch, tmp_path, error, outcome):
+def test_on_a_gpu_a_failure_is_a_row_and_the_next_case_is_run(
+    monkeypatch, tmp_path, error, outcome
+):
     broken(monkeypatch, error)
-    rows = runner.run_benchmark("broken", 0.01, lines=tmp_path / "lines", keep_going=True)
+    rows = runner.run_benchmark("broken", 0.01, lines=tmp_path / "lines", rehearse=True)
     assert [row["n"] for row in rows] == [1, 2, 3]
     assert rows[1]["trouble"] == f"{outcome}: {type(error).__name__}: {error}"
     assert [line["outcome"] for line in lines_of(tmp_path / "lines")] == [
@@ -158,6 +161,11 @@ def test_a_large_input_comes_once_and_there_are_limits_to_the_sets(monkeypatch):
         return torch.zeros(2, 100).unbind()  # 800 bytes that two tensors share
 
     assert len(timing.Inputs(views, 1, cpu, cold=1 << 30).sets) == 3
+
+
+def test_the_product_counts_two_operations_a_term_and_takes_the_median(monkeypatch):
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: bench.Timing(2.0, 4.0, 5))
+    assert timing.product_rate(torch.device("cpu"), size=10) == 2000 / 4.0
 
 
 def test_inputs_are_the_same_in_every_run():

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -61,6 +60,45 @@ SMALL = (
     " or (add_rms_norm_matches and not 2304))"
     " and not opcheck and not gradient and not bad"
 )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A process of the bench part."""
+
+    name: str
+    only: str  # what its cases' text contains
+    seconds: float  # at most, starting (10 s) included
+
+    def __str__(self) -> str:
+        return f"benchmark {self.name}" + (f" ({self.only})" if self.only else "")
+
+
+# What counts most comes first, since a run may be cut off; a process takes what it needs, and no more
+# than it has here. Up to the 9B model all of it fits into a part that must build first (FIRST_BUILD),
+# the rest into one that finds what a part before has built. Estimated at worst, before the first run on
+# a GPU: 2 s a case of attention and 10 s to compile FlexAttention at each of 12 shapes, 0.6 s a product,
+# 5 s a case of the model and 50 s to compile transformers', 3 s a case of what moves bytes, its
+# compiled peer included.
+BENCH = (
+    Benchmark("attention", "kind=prefill heads=(8, 4, 256)", 70),
+    Benchmark("attention", "kind=decode", 80),
+    Benchmark("linear", "", 38),
+    Benchmark("model", "size=2b", 90),
+    Benchmark("attention", "kind=prefill heads=(32, 16, 128)", 35),
+    Benchmark("attention", "kind=prefill heads=(16, 8, 256)", 22),
+    Benchmark("model", "size=9b", 48),
+    Benchmark("rms_norm", "hidden=2304 dtype=bfloat16", 20),
+    Benchmark("rope", "model=2b", 25),
+    Benchmark("sample", "rows=1 dtype=bfloat16", 25),
+    Benchmark("cache_write", "heads=4 dim=256", 20),
+    Benchmark("geglu", "width=9216 dtype=bfloat16", 15),
+    Benchmark("embed", "hidden=2304 dtype=bfloat16", 15),
+    Benchmark("softcap", "dtype=bfloat16", 15),
+)
+FIRST_BUILD, LATER_BUILD = 145.0, 15.0  # seconds
+STARTING = 10.0  # seconds of a process, torch's import and the first rates
+COMPILED = ("compile", "flex")  # peers
 SANITIZER_ERRORS = 97  # compute-sanitizer's exit code if it found something
 RESERVE = 6.0  # seconds of a part that are left for its tables
 
@@ -416,24 +454,21 @@ class Run:
         self.add(name, outcome, seconds=round(time.monotonic() - start, 1), **values)
 
     def bench(self) -> None:
-        from benchmarks import runner
-
-        # Those with kernels of ours first.
-        others = [name for name in runner.available() if name not in (*OPERATORS, "model")]
-        names = list(self.args.only or [*OPERATORS, *others])
-        cases = [len(importlib.import_module(f"benchmarks.{name}").cases()) for name in names]
+        only = self.args.only
         dry = self.machine.device == "cpu"
         words = ["--device", self.machine.device, "--lines", str(self.results)]
-        if dry:
-            words += ["--seconds", "0.01", "--limit", "1", "--without", "compile", "flex"]
-        else:
-            words += ["--seconds", "0.1", "--graph"]
-        for done, name in enumerate(names):
-            share = max(1.0, self.left * cases[done] / sum(cases[done:]))
-            budget = ["--budget", f"{0.9 * share:.0f}"]
-            command = [sys.executable, "-m", "benchmarks.runner", name, *words, *budget]
+        # Compiled peers take minutes on a CPU, of which a rehearsal learns nothing about a GPU.
+        rehearsal = ["--rehearse", "--seconds", "0.01", "--limit", "4", "--without", *COMPILED]
+        words += rehearsal if dry else ["--graph", "--seconds", "0.1"]
+        for step in BENCH:
+            if only and step.name not in only:
+                continue
+            choice = ["--only", step.only] if step.only else []
+            seconds = 60.0 if dry else step.seconds
+            budget = ["--budget", f"{max(1.0, min(seconds, self.left) - STARTING):.0f}"]
+            command = [sys.executable, "-m", "benchmarks.runner", step.name]
             # Cases are cut off one by one; the process itself if one of them takes too long.
-            self.step(f"benchmark {name}", command, seconds=share + 30)
+            self.step(str(step), [*command, *choice, *words, *budget], seconds=seconds)
         if dry:
             self.add("CUDA timing", "not run", why=self.machine.no_gpu or "dry run")
 
@@ -555,7 +590,7 @@ def report(results: Path) -> str:
 
 
 def _benchmark_tables(run: list[dict[str, Any]]) -> list[str]:
-    from gemma2.bench import markdown
+    from benchmarks.tables import compact
 
     out = []
     machines = [line["machine"] for line in run if line["case"] == "machine"]
@@ -566,7 +601,7 @@ def _benchmark_tables(run: list[dict[str, Any]]) -> list[str]:
         if "row" in line:
             rows.setdefault(line["benchmark"], []).append(line["row"])
     for name, found in rows.items():
-        out.append(f"### {name}\n\n{markdown(found)}")
+        out.append(f"### {name}\n\n{compact(found)}")
     return out
 
 
@@ -594,9 +629,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="processes at once, benchmarks apart")
     parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args(argv)
+    known = {*OPERATORS, *(step.name for step in BENCH if args.part == ["bench"])}
     for op in args.only or []:
-        if op not in OPERATORS:
-            parser.error(f"there is no operator {op!r}: there are {', '.join(OPERATORS)}")
+        if op not in known:
+            parser.error(f"there is no {op!r}: there are {', '.join(sorted(known))}")
 
     machine = look_around(args.dry_run)
     args.jobs = args.jobs or max(1, min(4, machine.facts["cores"] // 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -84,16 +85,59 @@ def test_sanitizers_that_cannot_run_are_recorded_with_the_reason(tmp_path):
         assert by_case[f"operator {name}"]["calls"] > 5
 
 
-def test_a_dry_run_of_the_benchmarks_has_a_row_for_each_case(tmp_path):
-    done, found = run(tmp_path, "--part", "bench", "--only", "geglu")
+def test_a_dry_run_of_the_benchmarks_has_rows_rates_and_predictions(tmp_path):
+    done, found = run(tmp_path, "--part", "bench", "--only", "geglu", "linear")
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = (line["row"] for line in found if "row" in line)
-    assert row["ours us"] > 0
-    assert row["share of copy"] > 0
+    rows = {name: [] for name in ("linear", "geglu")}  # in the order of what counts
+    for line in found:
+        if "row" in line:
+            rows[line["benchmark"]].append(line["row"])
+    assert [len(some) for some in rows.values()] == [4, 2]
+    for row in (*rows["linear"], *rows["geglu"]):
+        assert row["ours us"] > 0
+        assert row["predicted us"] > 0
+        assert "compile us" not in row
+    assert {row["n"] for row in rows["linear"]} <= {72, 18}  # a GPU's cases, made tiny
     assert outcomes(found)["CUDA timing"] == "not run"
     tables = (tmp_path / "results.md").read_text()
-    assert "### geglu" in tables
+    assert tables.index("### linear") < tables.index("### geglu")
     assert "copy GB/s" in tables
+    assert "product TFLOP/s" in tables
+    assert "| predicted us |" in tables
+    assert " us median" not in tables
+
+
+def test_the_benchmarks_of_a_gpu_are_asked_for_with_their_budgets(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        gpu_day.Run, "step", lambda _, case, command, seconds: asked.append((command, seconds))
+    )
+    args = argparse.Namespace(minutes=9.0, only=None)
+    part = gpu_day.Run("bench", gpu_day.Machine("cuda", {}, None), tmp_path, args)
+    part.bench()
+    assert len(asked) == len(gpu_day.BENCH)
+    for step, (command, seconds) in zip(gpu_day.BENCH, asked, strict=True):
+        words = command[command.index("benchmarks.runner") + 1 :]
+        assert words[0] == step.name
+        assert words[words.index("--device") + 1] == "cuda"
+        assert "--graph" in words
+        assert "--rehearse" not in words
+        assert "--without" not in words
+        assert seconds == step.seconds
+        assert float(words[words.index("--budget") + 1]) == step.seconds - gpu_day.STARTING
+        if step.only:
+            assert words[words.index("--only") + 1] == step.only
+    # of little time that is left the budget is less
+    asked.clear()
+    part.end = time.monotonic() + 30
+    part.bench()
+    assert all(float(c[c.index("--budget") + 1]) <= 20 for c, _ in asked)
+
+
+def test_only_the_benchmarks_know_what_is_no_operator(capsys):
+    with pytest.raises(SystemExit):
+        gpu_day.main(["--dry-run", "--only", "model"])
+    assert "there is no 'model'" in capsys.readouterr().err
 
 
 def test_over_its_minutes_a_part_is_cut_off_and_says_so(tmp_path):
