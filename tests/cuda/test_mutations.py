@@ -1,8 +1,8 @@
 """Faults in the CUDA kernels, switched on one at a time: the contract tests must notice each.
 
 The switches are those of csrc/common/mutate.h, which the emulator's build of the kernels has. (Without
-a fault the same tests pass: `make emulate` runs them. Faults of the host code and of the CPU kernels
-are in tests/mutations.)
+a fault the same tests pass: `make emulate` runs them. More of attention's are in
+test_mutations_attention.py, those of the host code and of the CPU kernels in tests/mutations.)
 """
 
 from __future__ import annotations
@@ -24,12 +24,6 @@ CAUGHT_BY = {
     ],
     "logits_cap_dropped": ["test_softcap.py::test_infinities_become_the_cap_and_nan_stays"],
     "cap_dropped": ["test_attention.py::test_the_cap_is_there"],
-    "window_off_by_one": [
-        "test_attention.py::test_window_counts_the_token_itself_on_a_ring",
-    ],
-    "future_visible": [
-        "test_attention.py::test_prefill_matches_float64_as_well_as_eager[50.0-64-dtype1]",
-    ],
     "ring_slot_shifted": [
         "test_cache_write.py::test_position_p_goes_to_slot_p_modulo_the_capacity",
         "test_rope.py::test_rope_cache_rounds_the_rotated_key_once",

@@ -2,8 +2,9 @@
 
 `python -m tests.mutations` builds the operators once with their faults compiled in, for one
 instruction set (build/mutations), lays them beside the Python files in a temporary folder, and runs
-for each fault of table.py its named tests with `GEMMA2_MUTATE=<fault>`. A fault that no test
-notices fails the run; so does a test that fails without one.
+for each fault of table.py its named tests with `GEMMA2_MUTATE=<fault>`. Then the tests that break the
+CUDA kernels on the emulator. A fault that no test notices fails the run; so does a test that fails
+without one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutations.table import ALL, CPP
+from tests.mutations.table import ALL, CPP, CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "mutations"
@@ -124,6 +125,29 @@ def run_tests(mutation: str, tests: list[str], folder: Path, threads: int) -> Re
     return Result(mutation, list(outcome["PASSED"]), outcome["FAILED"], errors, seconds)
 
 
+def break_cuda(jobs: int) -> tuple[dict[str, list[str]], str]:
+    """Breaks the CUDA kernels on the emulator; gives fault -> what noticed it, and what went wrong."""
+    command = [
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", str(jobs), "-q",
+        "-rA", "--tb=short", *CUDA,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    noticed: dict[str, list[str]] = {}
+    # test_..._is_noticed[fault-by what]
+    for name, by in re.findall(r"^PASSED \S+_is_noticed\[(\w+)-(.*)\]", done.stdout, re.MULTILINE):
+        noticed.setdefault(name, []).append(by)
+    return noticed, "" if done.returncode == 0 and noticed else done.stdout + done.stderr
+
+
+def faults_of_cpp() -> set[str]:
+    """All that csrc/common/mutate.cpp can switch on."""
+    text = (ROOT / "csrc" / "common" / "mutate.cpp").read_text()
+    return set(re.findall(r'\{"(\w+)", Mutation::', text))
+
+
 def short(name: str) -> str:
     return name.removeprefix("tests/").replace(".py::", " ")
 
@@ -171,18 +195,32 @@ def main() -> int:
             clean = unmutated.result()
 
     print(report(results))
+    everything = not args.mutations
+    broken, said, forgotten = {}, "", set()
+    if everything:
+        at = time.monotonic()
+        broken, said = break_cuda(args.jobs)
+        for name, by in broken.items():
+            more = f" and {len(by) - 1} more" if len(by) > 1 else ""
+            print(f"| {name} | CUDA | {short(by[0])}{more} | on the emulator |")
+        print(f"\n{len(broken)} faults in CUDA kernels noticed in {time.monotonic() - at:.0f} s")
+        forgotten = faults_of_cpp() - set(CPP) - set(broken)
     trouble = [r for r in results if not r.caught]
     for result in trouble:
         print(f"\n{result.mutation}: {result.errors[-3000:] or 'noticed by no test'}")
     good = bool(clean.passed) and not clean.failed and not clean.errors
     if not good:
         print(f"\nwithout a mutation: {list(clean.failed) or clean.errors[-3000:]}")
+    if said:
+        print(f"\nCUDA kernels:\n{said[-3000:]}")
+    for name in sorted(forgotten):
+        print(f"\n{name}: no test is meant to notice it")
     seconds = time.monotonic() - started
     print(
         f"\n{len(results) - len(trouble)} of {len(results)} mutations caught; without one "
         f"{len(clean.passed)} tests pass and {len(clean.failed)} fail; {seconds:.0f} s"
     )
-    return 0 if good and not trouble else 1
+    return 0 if good and not trouble and not said and not forgotten else 1
 
 
 if __name__ == "__main__":

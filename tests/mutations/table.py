@@ -1,6 +1,7 @@
 """Which test must notice which fault: the test of the tests.
 
-Names are those of csrc/common/mutate.h (faults of C++) and of plugin.py (faults of Python).
+Names are those of csrc/common/mutate.h (faults of C++) and of plugin.py (faults of Python). In the
+CUDA kernels, on the emulator, they are switched on by the tests of CUDA.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ CPP: dict[str, list[str]] = {
     "future_visible": [
         USERS + "test_the_future_is_not_visible[False]",
         USERS + "test_beyond_the_window_with_padding",
+    ],
+    "documents_ignored": [
+        USERS + "test_packing_isolates_documents_in_training",
+        OPS + "test_attention.py::test_documents_do_not_see_each_other",
     ],
 }
 
@@ -106,5 +111,7 @@ PYTHON: dict[str, list[str]] = {
         "tests/model/test_generation.py::test_greedy_equals_a_loop_without_a_cache_when_the_ring_wraps",
     ],
 }
+
+CUDA = ["tests/cuda/test_mutations.py", "tests/cuda/test_mutations_attention.py"]
 
 ALL: dict[str, list[str]] = {**CPP, **PYTHON}
