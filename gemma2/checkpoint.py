@@ -45,6 +45,7 @@ from gemma2.weights import (
 __all__ = [
     "CheckpointError",
     "Weights",
+    "checked_device",
     "find_weights",
     "from_pretrained",
     "load_state_dict_into",
@@ -111,8 +112,12 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _resolve_device(device: torch.device | str | int | None) -> torch.device:
-    """Give the device that is meant, if a model can be loaded onto it here and now."""
+def checked_device(device: torch.device | str | int | None) -> torch.device:
+    """Give the device that is meant ("cpu", "cuda", "cuda:1", 1; None: torch's default).
+
+    Raises:
+        TypeError, ValueError: it is no such device, or is not there; the text says which GPUs are.
+    """
     wanted = 'it must be "cpu", "cuda", "cuda:1" or the number of a GPU'
     if device is None:
         device = torch.get_default_device()
@@ -149,12 +154,12 @@ def load_state_dict_into(
 ) -> None:
     """Fill `model` with the weights in `folder`.
 
-    Parameters on the meta device get memory on `device` ("cpu", "cuda", "cuda:1", 1 ...; None:
-    torch's default) in `dtype` (None or "auto": that of the largest tensor in the file); others are
-    filled in place and keep both. Every name, shape and dtype is checked first: when this raises
-    `CheckpointError` for one of those, the model is unchanged. Keys of a bare body and of a head
-    are understood in both directions. A tied `lm_head.weight` in the file must equal the embedding.
-    `progress`: a bar on stderr; None: for more than 1 GB.
+    Parameters on the meta device get memory on `device` (see `checked_device`) in `dtype` (None or
+    "auto": that of the largest tensor in the file); others are filled in place and keep both. Every
+    name, shape and dtype is checked first: when this raises `CheckpointError` for one of those, the
+    model is unchanged. Keys of a bare body and of a head are understood in both directions. A tied
+    `lm_head.weight` in the file must equal the embedding. `progress`: a bar on stderr; None: for
+    more than 1 GB.
 
     `new_head`: a classification head that is missing in the file, or has another shape there, is
     initialised (normal, `config.initializer_range`; bias 0) with a warning.
@@ -166,7 +171,7 @@ def load_state_dict_into(
             file.
     """
     wanted_dtype = _resolve_dtype(dtype)
-    where = _resolve_device(device)
+    where = checked_device(device)
     weights = folder if isinstance(folder, Weights) else find_weights(folder)
     slots = slots_of(model)
     fresh = _match(model, slots, weights, new_head)
@@ -384,7 +389,7 @@ def from_pretrained(
         ValueError, TypeError: the configuration cannot be honoured, or an override is unknown.
         CheckpointError: the weights do not fit.
     """
-    resolved, where = _resolve_dtype(dtype), _resolve_device(device)
+    resolved, where = _resolve_dtype(dtype), checked_device(device)
     if config is None:
         config = read_config(folder, **config_overrides)
     else:

@@ -54,6 +54,7 @@ examples:
   gemma2 generate --seed 1 --temperature 0.8 "a small bird" "a tall tree"
   gemma2 generate --model gemma-2-2b --max-new-tokens 50 "Once upon a time"
   gemma2 generate --model gemma-2-2b-it --chat "Why is the sky blue?"
+  gemma2 generate --model gemma-2-9b --device cuda "Once upon a time"
   echo "a kind of boat" | gemma2 generate --json -
 """
 CLASSIFY_EXAMPLES = """\
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="to compute in (auto: as stored)"
     )
+    group.add_argument("--device", default="cpu", help="to compute on: cpu, cuda, cuda:1 ... (cpu)")
 
     parser = argparse.ArgumentParser(
         prog="gemma2",
@@ -303,16 +305,25 @@ def _dtype(args: argparse.Namespace) -> str | None:
     return None if args.dtype == "auto" else args.dtype
 
 
-def _load_causal_lm(args: argparse.Namespace) -> tuple[Gemma2ForCausalLM, Tokenizer]:
+def _device(args: argparse.Namespace) -> torch.device:
+    from gemma2.checkpoint import checked_device
+
+    return checked_device(args.device)
+
+
+def _load_causal_lm(
+    args: argparse.Namespace, device: torch.device | str = "cpu"
+) -> tuple[Gemma2ForCausalLM, Tokenizer]:
     if args.model is None:
         _embedded()
         from gemma2 import tiny
 
-        return tiny.load_causal_lm(_dtype(args)), tiny.load_tokenizer()
+        return tiny.load_causal_lm(_dtype(args)).to(device), tiny.load_tokenizer()
     folder = _folder(args.model)
     # the tokenizer first, since weights take long to read
     tokenizer = gemma2.Tokenizer.from_pretrained(folder)
-    return gemma2.Gemma2ForCausalLM.from_pretrained(folder, dtype=_dtype(args)), tokenizer
+    load = gemma2.Gemma2ForCausalLM.from_pretrained
+    return load(folder, dtype=_dtype(args), device=device), tokenizer
 
 
 def _per_second(count: float, seconds: float) -> float:
@@ -338,7 +349,7 @@ def _generate(args: argparse.Namespace) -> None:
     texts = _texts(args.text)
     _set_threads(args)
     start = time.perf_counter()
-    model, tokenizer = _load_causal_lm(args)
+    model, tokenizer = _load_causal_lm(args, _device(args))
     load_seconds = time.perf_counter() - start
 
     options: dict[str, Any] = {
@@ -410,10 +421,11 @@ def _write(
         if print_text:
             print(piece, end="", flush=True)
 
+    prompt = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     first = start
     try:
-        for step in model.stream(torch.tensor([ids]), seed=seed, **options):
+        for step in model.stream(prompt, seed=seed, **options):
             if not new:
                 first = time.perf_counter()
             new.append(int(step))
@@ -454,7 +466,7 @@ def _load_classifier(args: argparse.Namespace) -> tuple[Any, Tokenizer]:
         from gemma2 import tiny
 
         load = tiny.load_token_classifier if args.tokens else tiny.load_sequence_classifier
-        return load(_dtype(args)), tiny.load_tokenizer()
+        return load(_dtype(args)).to(_device(args)), tiny.load_tokenizer()
     folder = _folder(args.model)
     tokenizer = gemma2.Tokenizer.from_pretrained(folder)
     head = (
@@ -462,7 +474,7 @@ def _load_classifier(args: argparse.Namespace) -> tuple[Any, Tokenizer]:
         if args.tokens
         else gemma2.Gemma2ForSequenceClassification
     )
-    return head.from_pretrained(folder, dtype=_dtype(args)), tokenizer
+    return head.from_pretrained(folder, dtype=_dtype(args), device=_device(args)), tokenizer
 
 
 def _scores(config: Gemma2Config, logits: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -491,7 +503,9 @@ def _classify_texts(
         read = [tiny.classify_prompt(text) for text in texts]
     with torch.inference_mode():
         # one by one: without padding, and without a pad token being needed
-        logits = torch.cat([model(**tokenizer(text)).logits for text in read])
+        logits = torch.cat(
+            [model(tokenizer(text)["input_ids"].to(model.device)).logits for text in read]
+        )
     scores, name = _scores(model.config, logits)
     for number, (text, row) in enumerate(zip(texts, scores, strict=True)):
         best = row.topk(min(args.top, len(row)))
@@ -516,7 +530,7 @@ def _classify_tokens(
     for number, text in enumerate(texts):
         ids = tokenizer.encode(text)
         with torch.inference_mode():
-            logits = model(torch.tensor([ids])).logits[0]
+            logits = model(torch.tensor([ids], device=model.device)).logits[0]
         scores, name = _scores(model.config, logits)
         found = []
         for token, row in zip(ids, scores, strict=True):
@@ -659,7 +673,7 @@ def _machine() -> dict[str, Any]:
         "runs": _C.supported_isas(),
         "in_use": _C.isa(),
         "threads": torch.get_num_threads(),
-        "devices": ["cpu"],
+        "devices": ["cpu", *map(torch.cuda.get_device_name, range(torch.cuda.device_count()))],
     }
 
 

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import gemma2
-from gemma2 import HybridCache, checkpoint
+from gemma2 import HybridCache, checkpoint, cli
 from gemma2.weights import Weights
 from tests.model import factories as F
 from tests.model.gpus import Watch, gpus, move
@@ -145,7 +145,7 @@ def loaded(folder: Path, gpus: Watch, monkeypatch: pytest.MonkeyPatch, **options
         return gpus.mode.from_tensor(tensor)
 
     monkeypatch.setattr(Weights, "read", read)
-    monkeypatch.setattr(checkpoint, "_resolve_device", torch.device)
+    monkeypatch.setattr(checkpoint, "checked_device", torch.device)
     return gemma2.Gemma2ForCausalLM.from_pretrained(folder, device=A, **options)
 
 
@@ -189,7 +189,7 @@ def read(weights, name):
     tensor.view(torch.uint8).flatten()[::512].sum()
     return tensor
 Weights.read = read
-checkpoint._resolve_device = torch.device
+checkpoint.checked_device = torch.device
 checkpoint._check_overflow = lambda *_: None
 
 def status(name):
@@ -261,6 +261,18 @@ def test_a_device_of_another_kind_is_refused(device: Any) -> None:
         gemma2.Gemma2ForCausalLM.from_pretrained("no such folder", device=device)
     with pytest.raises(TypeError, match="device is a bool"):
         gemma2.Gemma2ForCausalLM.from_pretrained("no such folder", device=True)
+
+
+@pytest.mark.parametrize("command", ["generate", "classify"])
+def test_the_command_says_that_a_device_is_not_there(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.main([command, "--device", "cuda:2", "a bird"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "device is 'cuda:2', but torch sees only 2 of them" in said.err
 
 
 @pytest.mark.parametrize("move_it", [nn.Module.half, lambda m: m.to_empty(device=CPU)])
