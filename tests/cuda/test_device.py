@@ -1,4 +1,5 @@
-"""What only a GPU shows: streams, captured graphs, tensors beyond 2^31 elements, the kernel that stops.
+"""What only a GPU shows: streams, captured graphs, generation, tensors beyond 2^31 elements, the kernel
+that stops.
 
 The operators' results are the contract tests' matter (tests/cuda/proxy.py).
 """
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma2 import ops, reference
+import gemma2
+from gemma2 import HybridCache, ops, reference, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,6 +188,74 @@ def test_a_draw_from_equal_logits_is_the_same_on_every_device(seed):
     assert torch.equal(there.cpu(), reference.gumbel(64, 5000, seed, seed).argmax(-1))
 
 
+GENERATED = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def story():
+    """`story(device)`: the embedded model in float32, and options of generate with two prompts."""
+    model, tokenizer = tiny.load_causal_lm().float().eval(), tiny.load_tokenizer()
+    texts = ["a small bird", "to run quickly over the hill and through the long grass"]
+    batch = tokenizer(texts, padding_side="left")
+
+    def on(device):
+        options = {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
+        return model.to(device), {**options, "max_new_tokens": 40, "eos_token_id": []}
+
+    return on
+
+
+@pytest.mark.parametrize("options", GENERATED.values(), ids=GENERATED)
+def test_generation_writes_the_tokens_of_the_cpu_with_and_without_a_graph(story, options):
+    model, batch = story("cpu")
+    expected = model.generate(**batch, **options).tolist()
+    model, batch = story(GPU)
+    for cuda_graph in (False, None, True):
+        assert model.generate(**batch, **options, cuda_graph=cuda_graph).tolist() == expected
+    steps = list(model.stream(**batch, **options))
+    prompt = batch["input_ids"].shape[1]
+    assert torch.stack(steps, 1).tolist() == [row[prompt:] for row in expected]
+
+
+def test_a_captured_step_keeps_no_memory_and_can_be_captured_again(story):
+    model, batch = story(GPU)
+    held = []
+    for _ in range(4):
+        model.generate(**batch, cuda_graph=True)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] == held[3]
+
+
+def test_a_growing_cache_is_captured_anew(story):
+    model, batch = story(GPU)
+    wanted = model.generate(**batch)
+    cache = HybridCache(model.config, 2)
+    steps = []
+    for step in model.stream(**batch, past_key_values=cache):
+        steps.append(step)
+        if len(steps) == 15:
+            cache.grow(cache.max_cache_len + 200)
+    assert torch.equal(torch.stack(steps, 1), wanted[:, -len(steps) :])
+
+
+def test_rows_at_fault_are_named_and_generation_works_afterwards(story):
+    model, batch = story(GPU)
+    wanted = model.generate(**batch)
+    weight = model.model.norm.weight
+    kept = weight.data.clone()
+    weight.data.fill_(torch.nan)
+    try:
+        with pytest.raises(ValueError, match="generate: row 0: the logits of the next token have"):
+            model.generate(**batch)
+    finally:
+        weight.data.copy_(kept)
+    assert torch.equal(model.generate(**batch), wanted)
+
+
 def test_tensors_of_two_devices_are_refused_by_name():
     x, weight = normal(3, 64), normal(64)
     with pytest.raises(ValueError, match=r"weight is on the CPU, x is on CUDA device 0"):
@@ -216,3 +286,118 @@ def test_an_id_that_does_not_exist_stops_the_kernel_with_a_message(call, said):
     assert done.returncode != 0
     assert said in done.stdout + done.stderr
     assert "went on" not in done.stdout
+
+
+# The model: where its weights, its keys and values and its stream live; compiled; captured.
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.arange(1200).remainder(4000).view(2, 600) + 3
+
+
+def chunks(model, tokens, cache):
+    """The logits of a prefill, of steps, of a chunk that no ring holds, and of a padded one."""
+    device, out, first = model.device, [], 0
+    for n in (20, 1, 1, 1, 300, 1, 30):
+        part = tokens[:, first : first + n].to(device)
+        mask = torch.ones_like(part)
+        mask[1, : n // 2] = 0
+        inputs = {"attention_mask": mask} if n in (20, 30) else {}
+        logits = model(part, past_key_values=cache, **inputs).logits
+        out.append(logits.masked_fill((mask == 0)[..., None], 0.0))
+        first += n
+    return torch.cat(out, 1)
+
+
+@torch.inference_mode()
+def test_a_model_is_loaded_straight_to_the_device_and_gives_the_cpus_logits(tokens):
+    model = gemma2.Gemma2ForCausalLM.from_pretrained(tiny.path(), dtype="float32", device=GPU)
+    twin = tiny.load_causal_lm("float32")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ours.device == torch.device(GPU, torch.cuda.current_device())
+        assert torch.equal(ours.cpu(), theirs)
+    caches = [HybridCache(model.config, 2, 600) for _ in range(2)]
+    found, wanted = chunks(model, tokens, caches[0]), chunks(twin, tokens, caches[1])
+    torch.testing.assert_close(found.cpu(), wanted, atol=2e-3, rtol=0)
+    assert torch.equal(caches[0].lengths.cpu(), caches[1].lengths)
+
+
+def test_loading_takes_the_memory_of_the_model_and_converts_on_the_device():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = gemma2.Gemma2ForCausalLM.from_pretrained(tiny.path(), dtype="float16", device=GPU)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert torch.cuda.memory_allocated() - before < size + 2**20
+    twin = tiny.load_causal_lm("float16")
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@torch.inference_mode()
+def test_no_call_of_the_model_waits_for_the_device(tokens):
+    model = tiny.load_causal_lm().to(GPU)
+    for length in (600, None):
+        cache = HybridCache(model.config, 2, length)
+        ids, mask = tokens.to(GPU), torch.ones(2, 600, dtype=torch.int64, device=GPU)
+        mask[1, :7] = 0
+        model(ids[:, :20], past_key_values=HybridCache(model.config, 2, 64))  # lazy handles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            model(ids[:, 20:21], past_key_values=cache)
+            model(ids[:, 20:320], past_key_values=cache)
+            model(ids[:, 320:321], attention_mask=mask[:, 320:321], past_key_values=cache)
+            model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@torch.inference_mode()
+def test_layers_on_two_devices_give_the_logits_of_one(tokens):
+    model = tiny.load_causal_lm().to(GPU)
+    wanted = chunks(model, tokens, HybridCache(model.config, 2))
+    half = len(model.model.layers) // 2
+    for part in (*model.model.layers[half:], model.model.norm):
+        part.to("cuda:1")
+    cache = HybridCache(model.config, 2)
+    assert torch.equal(chunks(model, tokens, cache), wanted)
+    assert {k.device.index for k, _ in cache} == {0, 1}
+
+
+@torch.inference_mode()
+def test_compiled_and_captured_steps_give_the_logits_of_the_model(tokens):
+    model = tiny.load_causal_lm("float32").to(GPU)
+    torch._dynamo.reset()
+    step = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    caches = [HybridCache(model.config, 2, 600) for _ in range(2)]
+    ids = tokens.to(GPU)
+    for cache in caches:
+        model(ids[:, :20], past_key_values=cache)
+    for i in range(20, 220):  # the rings wrap
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch._dynamo.config.patch(error_on_recompile=i >= 22):
+            found = step(ids[:, i : i + 1], past_key_values=caches[0]).logits.clone()
+        wanted = model(ids[:, i : i + 1], past_key_values=caches[1]).logits
+        torch.testing.assert_close(found, wanted, atol=2e-2, rtol=0)
+    assert caches[0].get_seq_length() == 220
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+
+
+def test_the_command_writes_on_the_device():
+    texts = []
+    for device in ("cpu", GPU):
+        words = (
+            "generate",
+            "--device",
+            device,
+            "--dtype",
+            "float32",
+            "--no-stream",
+            "a small bird",
+        )
+        command = [sys.executable, "-m", "gemma2", *words]
+        texts.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True))
+    assert texts[0].stdout == texts[1].stdout != ""
