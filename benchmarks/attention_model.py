@@ -17,7 +17,7 @@ from benchmarks.gpus import KB, SIZES, Assumed, Device, Result, joined, streamed
 # In clocks: ldmatrix of four 8x8 matrices moves 512 bytes. Instructions beside products, ldmatrix
 # and special functions, counted in the machine code of sm_90 (nvcc 13.0, head_dim 256): of a score
 # 5 of float32, 0.5 conversions, 1.2 others; of a product 0.9; of a tile 150. A copy of 16 bytes
-# takes 27, and 50 more each tile of K or V.
+# takes 3, and 40 more each tile of K or V.
 BARRIER = 40  # assumed
 PHASE = 60  # first ldmatrix to first product, last product to first use: assumed
 
@@ -34,7 +34,7 @@ class Tile:
     kept: bool = False  # Q's fragments stay in registers
     special: float = 3.0  # functions a score
     float_ops: float = 5.0
-    copy_ops: float = 27.0
+    copy_ops: float = 3.0
     limit: int = 2  # blocks on an SM, by registers
     pipelined: bool = False  # the next S is multiplied while these scores are exponentiated
 
@@ -77,7 +77,7 @@ class Tile:
         special = scores * self.special / device.special
         floats = scores * self.float_ops / device.fma
         softmax = scores / 32 * (self.special + self.float_ops + 1.7) / device.issued
-        copies = copied / 16 / (32 * self.warps) * self.copy_ops + 100  # instructions of a warp
+        copies = copied / 16 / (32 * self.warps) * self.copy_ops + 80  # instructions of a warp
         mmas, loads = sum(self.products(keys)), sum(self.loads(keys))
         alone = copies + 150
         parts = {

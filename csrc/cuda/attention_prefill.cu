@@ -183,18 +183,30 @@ template <typename T, int kDim>
 GEMMA2_DEVICE void copy_tile(unsigned char* to, const void* x, int64_t stride, int start,
                              const Span& span, const AttentionParams& p, const Layout<kDim>& tile) {
   constexpr int kChunks = TileRows<kDim>::kChunks, kAtOnce = kThreads / kChunks;
-  const int chunk = threadIdx.x % kChunks;
-  const uint64_t some = p.kv_start == nullptr ? ~uint64_t{0} : seen_by_some(tile, start);
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const T* from = static_cast<const T*>(x) + chunk * 8;
   const uint32_t capacity = static_cast<uint32_t>(p.capacity);
-#pragma unroll 4
-  for (int key = threadIdx.x / kChunks; key < kKeys; key += kAtOnce) {
-    const int nth = start + key - span.begin;  // of the span's keys
+  // The span has at most `capacity` keys, so a ring wraps once.
+  const uint32_t first = span.slot + static_cast<uint32_t>(start - span.begin);
+  const bool wraps = first < capacity && first + kKeys > capacity;
+  // Nearly all tiles: a pointer and a constant step. row + i is row ^ i, so tile_offset() of it is
+  // a constant beyond one of two.
+  if (start >= span.begin && start + kKeys <= span.end && !wraps && p.kv_start == nullptr) {
+    from += ((first < capacity ? first : first - capacity) + row) * stride;
+#pragma unroll
+    for (int i = 0; i < kKeys; i += kAtOnce, from += kAtOnce * stride)
+      copy_async<16>(to + i * TileRows<kDim>::kBytes + tile_offset<kDim>(row, chunk ^ (i & 7)),
+                     from);
+    return;
+  }
+  const uint64_t some = p.kv_start == nullptr ? ~uint64_t{0} : seen_by_some(tile, start);
+#pragma unroll 1  // or it spills on sm_100
+  for (int i = 0; i < kKeys; i += kAtOnce) {
+    const int key = row + i, nth = start + key - span.begin;  // of the tile's and the span's keys
     const bool valid = nth >= 0 && start + key < span.end && (some >> key & 1);
-    // The span has at most `capacity` keys, so a ring wraps once.
     uint32_t slot = span.slot + static_cast<uint32_t>(nth);
     if (slot >= capacity) slot -= capacity;
-    copy_async<16>(to + tile_offset<kDim>(key, chunk),
-                   static_cast<const T*>(x) + (valid ? slot : 0) * stride + chunk * 8, valid);
+    copy_async<16>(to + tile_offset<kDim>(key, chunk), from + (valid ? slot : 0) * stride, valid);
   }
 }
 
