@@ -12,6 +12,10 @@ highest position written since `reset`, because that is what has been overwritte
 During one forward call the model asks `begin` (checks, growth), lets every layer take its memory and
 write, and calls `commit` once after the last layer. Whatever fails in between leaves `lengths` as
 they were, and the keys and values below them intact.
+
+What `torch.compile(mode="reduce-overhead")` captures writes to memory that stays: give it a cache with
+max_cache_len whose memory is there, because of its device and dtype or of a call before that was
+not compiled.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Watch(TorchDispatchMode):
         elif name == "aten::_to_copy" and devices[0] != str(out.device):
             self.transfers.append((devices[0], str(out.device)))
         elif name.startswith("aten::index") and len(set(devices)) > 1:
+            # what torch allows, and FakeTensorMode does not look at
+            assert set(devices) <= {devices[0], "cpu"}, f"{name}: tensors on {devices}"
             self.transfers.append((devices[-1], devices[0]))
         return out
 

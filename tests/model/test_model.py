@@ -468,33 +468,6 @@ def test_attentions_are_probabilities_by_the_callers_columns(cached: int) -> Non
         assert_close(rows, wanted[:, :, cached:].transpose(1, 2)[real])
 
 
-# ---- torch.compile ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_the_model_compiles_into_one_graph() -> None:
-    tokens, mask = F.padded([F.tokens(1, 20)[0], F.tokens(1, 6)[0]], "left")
-    calls: list[dict[str, Any]] = [{}, {"attention_mask": mask}, {"position_ids": mask.cumsum(1)}]
-    torch._dynamo.reset()
-    compiled = torch.compile(model_of(), fullgraph=True, backend="eager")
-    for inputs in calls:
-        torch.testing.assert_close(compiled(tokens, **inputs).logits, logits_of(tokens, **inputs))
-
-
-@torch.no_grad()
-def test_compiled_decoding_does_not_compile_every_step() -> None:
-    from torch._dynamo.testing import CompileCounter
-
-    tokens, cache, counter = F.tokens(2, 20), new_cache(2), CompileCounter()
-    torch._dynamo.reset()
-    step = torch.compile(model_of(), fullgraph=True, backend=counter)
-    model_of()(tokens[:, :10], past_key_values=cache)
-    parts = [step(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(10, 20)]
-    assert_close(torch.cat(parts, 1), logits_of(tokens)[:, 10:])
-    assert counter.frame_count <= 2  # for one length, and for any
-    assert cache.get_seq_length() == 20
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
