@@ -29,48 +29,51 @@ def resolve_seed(seed: int | None) -> int:
 
 
 class Sampler:
-    """Chooses one token a row and step, the same ones for the same seed, step, row and logits.
+    """Chooses tokens, the same ones for the same seed, row, step and logits.
+
+    A step is the index of a token among the new ones of its row. All state is on the device and
+    changed in place.
 
     Args:
         options: decides among greedy and sampling, and how.
         seed: key of the random numbers; not used when greedy. None draws one.
-        prompt: int64 [B, S], -1 where there is no token; what the repetition penalty knows of.
-        steps: how many tokens will be chosen at most.
+        text: int64 [N, L], each row's prompt from column 0 on, then -1, with room for the new
+            tokens; what the repetition penalty knows of. None: nobody asks for it.
+        lengths: int64 [N], where a row's new tokens begin in `text`.
     """
 
     def __init__(
-        self, options: GenerationConfig, seed: int | None, prompt: Tensor, steps: int
+        self, options: GenerationConfig, seed: int | None, text: Tensor | None, lengths: Tensor
     ) -> None:
         self._temperature = options.temperature if options.do_sample else 0.0
         self._filters = (options.top_k, options.top_p, options.min_p)
         self._penalty = options.repetition_penalty
         self._seed = resolve_seed(seed) if self._temperature > 0 or seed is not None else 0
-        self._history: Tensor | None = None
-        if self._penalty != 1.0:
-            room = prompt.new_full((prompt.shape[0], steps), -1)
-            self._history = torch.cat([prompt, room], dim=1)
-        self._written = prompt.shape[1]
-        self._step = torch.zeros((), dtype=torch.int64, device=prompt.device)
+        self.text = text
+        self.lengths = lengths
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Give the next token of each row, int64 [B], of capped logits [B, V]."""
+    def draw(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Give a token for each row, int64 [N], of capped logits [N, V].
+
+        Args:
+            step: int64 [N], the index of that token.
+        """
         top_k, top_p, min_p = self._filters if self._temperature > 0 else (0, 1.0, 0.0)
-        tokens = ops.sample(
+        return ops.sample(
             logits,
-            self._history,
+            self.text if self._penalty != 1.0 else None,
             self._seed,
-            self._step,
+            step,
             self._temperature,
             min(top_k, logits.shape[-1]),
             top_p,
             min_p,
             self._penalty,
         )
-        self._step += 1
-        return tokens
 
-    def remember(self, tokens: Tensor) -> None:
-        """Note the tokens int64 [B] that have been appended; -1 for a row that has ended."""
-        if self._history is not None:
-            self._history[:, self._written] = tokens
-            self._written += 1
+    def note(self, tokens: Tensor, step: Tensor) -> None:
+        """Keep tokens int64 [N, n] as those of the steps from `step` [N] on."""
+        if self.text is not None:
+            column = (self.lengths + step)[:, None]
+            column = column + torch.arange(tokens.shape[1], device=tokens.device)
+            self.text.scatter_(1, column, tokens)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from gemma2 import tiny
 from tests.cuda.emulation import operators_library
+from tests.model import factories
+from tests.model.recorded_graph import as_on_a_device
 
 NEW = 8
 # What a step launches, by the dtype: attention in float32 has a kernel of its own.
@@ -15,6 +19,15 @@ KERNELS = {
     torch.float32: {"attention_any"},
 }
 COMMON = {"embed", "rms_norm", "add_rms_norm", "rope_cache", "geglu", "softcap", "sample best"}
+
+
+@contextlib.contextmanager
+def installed(emulator):
+    emulator.install(operators_library())
+    try:
+        yield
+    finally:
+        emulator.uninstall(operators_library())
 
 
 @pytest.mark.parametrize("dtype", list(KERNELS), ids=str)
@@ -27,13 +40,25 @@ def test_greedy_tokens_are_those_of_the_cpu(emulator, dtype, padding_side):
         padding_side=padding_side,
     )
     expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    emulator.install(operators_library())
-    try:
-        with emulator.counting() as counters:
-            tokens = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    finally:
-        emulator.uninstall(operators_library())
+    with installed(emulator), emulator.counting() as counters:
+        tokens = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
     assert batch["input_ids"].shape[1] > 8  # more than decode's 16 rows
     assert tokens.tolist() == expected.tolist()
     assert set(counters) >= COMMON | KERNELS[dtype], sorted(counters)
     assert counters["embed"]["launches"] == NEW
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 4}],
+    ids=["greedy", "sampled"],
+)
+def test_a_captured_step_writes_the_tokens_of_the_cpu(emulator, options):
+    model = factories.lively("three")
+    ids, mask = factories.padded([factories.tokens(1, 5)[0], factories.tokens(1, 20)[0]], "left")
+    options = {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": [], **options}
+    expected = model.generate(ids, **options)
+    with installed(emulator), as_on_a_device() as graphs:
+        tokens = model.generate(ids, **options)
+    assert tokens.tolist() == expected.tolist()
+    assert [(graph.captures, graph.replays) for graph in graphs] == [(1, 10)]

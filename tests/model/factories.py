@@ -163,14 +163,37 @@ def tiny(
     return build(config(shape, **overrides), kind, dtype, seed)
 
 
+@functools.lru_cache(maxsize=8)
+def lively(shape: str = "three") -> Any:
+    """A float32 model whose greedy text depends on all of the text before. Cached like `tiny`.
+
+    The models of `tiny` repeat their last token for ever: the stream is mostly its embedding, which
+    the tied head finds again. Here the layers add as much, and the head is another matrix.
+    """
+    cfg = config(shape, tie_word_embeddings=False)
+    state = state_dict(cfg)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].roll(31, dims=0)
+    state["lm_head.weight"][:3] = 0.0  # special tokens are not what is written here
+    for name, weight in state.items():
+        if "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+            weight += 6.0
+    model = gemma2.Gemma2ForCausalLM(cfg)
+    load(model, state)
+    return model.eval()
+
+
 def twin(
     config: Gemma2Config,
     kind: str = "causal",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     attention: str = "eager",
+    state: dict[str, Tensor] | None = None,
 ) -> Any:
-    """The model of the same weights in transformers, eager attention (which has the cap)."""
+    """The model of the same weights in transformers, eager attention (which has the cap).
+
+    state: the weights, if they are not those of `state_dict`.
+    """
     import transformers
 
     fields = {
@@ -180,7 +203,7 @@ def twin(
     }
     theirs = transformers.Gemma2Config(**fields, attn_implementation=attention)
     model = getattr(transformers, HEADS[kind])(theirs)
-    load(model, state_dict(config, kind, seed))
+    load(model, state_dict(config, kind, seed) if state is None else state)
     return model.to(dtype).eval()
 
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 import gemma2
 from gemma2 import GenerationConfig, HybridCache, TextStreamer
-from tests.model.factories import build, config, padded, tiny, tokens, twin
+from tests.model.factories import build, config, lively, padded, tokens, twin
 
 NEVER = {"eos_token_id": []}
 
 
 @pytest.fixture
 def model():
-    return tiny("three")
+    return lively("three")
 
 
 def new_tokens(model, ids, count, **options):
@@ -42,7 +42,7 @@ def uncached(model, ids, count):
 
 @pytest.mark.parametrize("shape", ["2b", "27b", "three", "single"])
 def test_greedy_equals_a_loop_without_a_cache(shape):
-    model = tiny(shape)
+    model = lively(shape)
     ids = tokens(2, 13)
     out = model.generate(ids, max_new_tokens=12, **NEVER)
     assert out.dtype == torch.int64
@@ -57,7 +57,8 @@ def test_greedy_equals_a_loop_without_a_cache_when_the_ring_wraps(model):
 
 @pytest.mark.parametrize("shape", ["2b", "27b", "three"])
 def test_greedy_equals_transformers(shape):
-    model, theirs = tiny(shape), twin(config(shape))
+    model = lively(shape)
+    theirs = twin(model.config, state=model.state_dict())
     ids, mask = padded([tokens(1, 5)[0], tokens(1, 14, seed=1)[0]], "left")
     # a number that no token has: then nothing ends
     wanted = theirs.generate(
@@ -89,7 +90,7 @@ def test_padding_between_tokens_is_not_seen(model):
 @given(data=st.data())
 @settings(max_examples=20)
 def test_any_padding_chunking_and_continuation_gives_what_each_row_gives_alone(data):
-    model = tiny("three")
+    model = lively("three")
     columns = data.draw(st.integers(2, 40), "columns")
     rows = data.draw(st.integers(1, 3), "rows")
     seed = data.draw(st.integers(0, 1000), "seed")
@@ -320,7 +321,8 @@ def test_a_high_repetition_penalty_repeats_nothing_of_prompt_and_text(model):
 
 
 def test_repetition_penalty_equals_transformers():
-    model, theirs = tiny("27b"), twin(config("27b"))
+    model = lively("27b")
+    theirs = twin(model.config, state=model.state_dict())
     ids = tokens(2, 9)
     options = {"max_new_tokens": 12, "repetition_penalty": 1.7}
     wanted = theirs.generate(

@@ -1,0 +1,405 @@
+"""What `generate` and `stream` do before the loop: check everything, and make ready what it needs.
+
+Whatever the host has to know of the prompt is looked at here, so that the loop need not ask.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma2.cache import HybridCache
+from gemma2.generation import graph
+from gemma2.generation.config import (
+    DEFAULT_NEW_TOKENS,
+    UNSUPPORTED,
+    GenerationConfig,
+    refuse_unsupported,
+)
+from gemma2.generation.sampling import Sampler
+
+if TYPE_CHECKING:
+    from gemma2.generation.mixin import GenerationMixin
+
+__all__ = ["SPECIAL", "Run", "prepare", "refuse_unknown"]
+
+# Tokens read at a time from a prompt: enough to run at full speed, 0.2 GB of activations in a 2B.
+PREFILL_CHUNK = 2048
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# What only sampling looks at; given to a greedy call, it is most likely a mistake.
+_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass
+class Run:
+    """One call of generate, checked and ready to go.
+
+    prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
+    pending: int64 [B, P], or [B, P, hidden_size], what the cache does not hold yet, padded at the
+        left; `repeats` copies of each row are made after it has been read: N = B repeats.
+    mask: bool [B, P], True = token; None: all are.
+    lengths: of the prompts, one for each of the N rows.
+    others: tokens in the longest of the cache's rows that are not in the batch.
+    graph: whether the step is captured and replayed.
+    """
+
+    prompt: Tensor
+    pending: Tensor
+    mask: Tensor | None
+    repeats: int
+    chunk: int
+    new_tokens: int
+    lengths: list[int]
+    others: int
+    cache: HybridCache
+    sampler: Sampler
+    eos: Tensor | None
+    pad: int
+    graph: bool
+    training: list[nn.Module]
+
+
+def prepare(
+    model: GenerationMixin,
+    named: dict[str, Any],
+    *,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    past_key_values: HybridCache | None,
+    seed: int | None,
+    generation_config: GenerationConfig | None,
+    cuda_graph: bool | None,
+) -> Run:
+    """Check everything and give what the loop needs. Changes nothing but a growing cache.
+
+    Called by what the user calls, which the warnings point at.
+
+    Args:
+        named: the options that stand in a `GenerationConfig`, None where not given.
+        Others: as `GenerationMixin.generate`.
+    """
+    options = _options(model, generation_config, named)
+    if not options.do_sample:
+        useless = [name for name in _SAMPLING_ONLY if named.get(name) is not None]
+        if useless and named.get("temperature") != 0:
+            warnings.warn(
+                f"generate: {', '.join(useless)} given, but do_sample is False: the most "
+                "probable token is taken each time; pass do_sample=True to sample",
+                stacklevel=3,
+            )
+    device = _check_device(model, input_ids, inputs_embeds, attention_mask)
+    _check_special(model, options)
+    content = _content(model, input_ids, inputs_embeds, options, device)
+    mask = _padding_mask(content, attention_mask, options)
+    batch, columns = content.shape[:2]
+    repeats = options.num_return_sequences
+    if content.dim() == 2:
+        _check_vocabulary(content, mask, model.config.vocab_size)
+        prompt = content.repeat_interleave(repeats, dim=0)
+    else:
+        prompt = content.new_empty((batch * repeats, 0), dtype=torch.int64)
+    new_tokens = _new_tokens(options, prompt.shape[1])
+
+    lengths = torch.full((batch,), columns, device=device) if mask is None else mask.sum(1)
+    counts = lengths.tolist()
+    if 0 in counts:
+        raise ValueError(
+            f"generate: row {counts.index(0)} has no token, only padding: there is nothing to go "
+            "on from"
+        )
+    rows = batch * repeats
+    cached = _check_cache(model, past_key_values, rows, lengths, device)
+    longest = max(counts)
+    need = longest + new_tokens - 1  # the last token is not read
+    cache, others = past_key_values, 0
+    if cache is None:
+        cache = HybridCache(model.config, rows, need)  # keys live where their layers do
+        cache.place(device)
+    else:
+        others = max(cache.lengths[rows:].tolist(), default=0)
+        if need > cache.max_cache_len and not cache.growable:
+            raise ValueError(
+                f"generate: past_key_values has max_cache_len {cache.max_cache_len}, but "
+                f"{longest} tokens and {new_tokens} new ones need {need}: make it larger, call "
+                f"grow({need}), or lower max_new_tokens"
+            )
+    room = max(need, cache.max_cache_len) - max(longest, others)
+    captured = graph.wanted(cuda_graph, model, device, new_tokens - 1, room)
+    text = None
+    if options.repetition_penalty != 1.0:
+        text = _text(content, mask, longest + new_tokens).repeat_interleave(repeats, dim=0)
+    read = lengths if content.dim() == 2 else torch.zeros_like(lengths)
+    sampler = Sampler(options, seed, text, read.repeat_interleave(repeats))
+    if need > cache.max_cache_len:
+        cache.grow(need)
+    pending, pending_mask = _pack(content, mask, lengths, cached)
+    ends = options.eos_token_ids
+    return Run(
+        prompt=prompt,
+        pending=pending,
+        mask=pending_mask,
+        repeats=repeats,
+        chunk=options.prefill_chunk_size or PREFILL_CHUNK,
+        new_tokens=new_tokens,
+        lengths=[count for count in counts for _ in range(repeats)],
+        others=others,
+        cache=cache,
+        sampler=sampler,
+        eos=torch.tensor(ends, device=device) if ends else None,
+        pad=options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0],
+        graph=captured,
+        training=[module for module in model.modules() if module.training],
+    )
+
+
+def _options(
+    model: GenerationMixin, generation_config: GenerationConfig | None, named: dict[str, Any]
+) -> GenerationConfig:
+    """Give what holds for this call: arguments, over `generation_config`, over the model's."""
+    own = model.generation_config
+    if generation_config is None:
+        generation_config = own
+    elif not isinstance(generation_config, GenerationConfig):
+        raise TypeError(
+            f"generate: generation_config is a {type(generation_config).__name__}: it must be "
+            "a gemma2.GenerationConfig"
+        )
+    refuse_unsupported(generation_config.extra, "from the generation config")
+    for name in SPECIAL:
+        if named.get(name) is None and getattr(generation_config, name) is None:
+            named[name] = getattr(own, name)
+    options = generation_config.replaced(**named)
+    if options.num_return_sequences > 1 and not options.do_sample:
+        raise ValueError(
+            f"generate: num_return_sequences is {options.num_return_sequences} and do_sample "
+            "is False: greedy texts would all be the same; pass do_sample=True"
+        )
+    if named.get("max_length") is not None and named.get("max_new_tokens") is None:
+        options.max_new_tokens = None  # what the call says goes before what a file says
+    return options
+
+
+def _check_device(model: GenerationMixin, *tensors: Tensor | None) -> torch.device:
+    """Give the model's device; all of `tensors` must be tensors on it."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        raise ValueError("generate: the model is on the meta device: it has no weights yet")
+    names = ("input_ids", "inputs_embeds", "attention_mask")
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"generate: {name} is a {type(tensor).__name__}: it must be a tensor; "
+                "torch.tensor([ids]) makes one of a list"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"generate: {name} is on {tensor.device}, the model on {device}: move one"
+            )
+    return device
+
+
+def _check_special(model: GenerationMixin, options: GenerationConfig) -> None:
+    named = [(name, getattr(options, name)) for name in ("bos_token_id", "pad_token_id")]
+    named += [("eos_token_id", token) for token in options.eos_token_ids]
+    for name, token in named:
+        if token is not None and token >= model.config.vocab_size:
+            raise ValueError(
+                f"generate: {name} is {token}: the vocabulary has {model.config.vocab_size} tokens"
+            )
+
+
+def _content(
+    model: GenerationMixin,
+    input_ids: Tensor | None,
+    embeds: Tensor | None,
+    options: GenerationConfig,
+    device: torch.device,
+) -> Tensor:
+    """Give what is to be continued: int64 [B, S], or [B, S, hidden_size]."""
+    if input_ids is not None and embeds is not None:
+        raise ValueError("generate: input_ids and inputs_embeds are both given: pass one")
+    if input_ids is not None:
+        return _check_ids(input_ids)
+    if embeds is None:
+        if options.bos_token_id is None:
+            raise ValueError(
+                "generate: neither input_ids nor inputs_embeds is given, and there is no "
+                "bos_token_id to begin with"
+            )
+        return torch.tensor([[options.bos_token_id]], device=device)
+    hidden = model.config.hidden_size
+    if embeds.dim() != 3 or embeds.shape[2] != hidden or 0 in embeds.shape:
+        raise ValueError(
+            f"generate: inputs_embeds has shape {list(embeds.shape)}: it must be [rows, "
+            f"tokens, {hidden}], with at least one row and one token"
+        )
+    if not embeds.is_floating_point():
+        raise TypeError(f"generate: inputs_embeds is {embeds.dtype}: it must be floating")
+    return embeds
+
+
+def _check_cache(
+    model: GenerationMixin,
+    cache: HybridCache | None,
+    rows: int,
+    lengths: Tensor,
+    device: torch.device,
+) -> Tensor:
+    """Give how many tokens of each prompt the cache holds, int64 [B].
+
+    rows: of the cache, as many as the output has. lengths: int64 [B], tokens of the prompts.
+    """
+    if cache is None:
+        return torch.zeros_like(lengths)
+    if not isinstance(cache, HybridCache):
+        raise TypeError(
+            f"generate: past_key_values is a {type(cache).__name__}: it must be a HybridCache"
+        )
+    cache.check_model(model.config, rows, device)
+    cached = cache.lengths[: lengths.shape[0]].to(device)
+    left = lengths - cached
+    if bool((left <= 0).any()):
+        row = int((left <= 0).nonzero()[0])
+        raise ValueError(
+            f"generate: past_key_values holds {int(cached[row])} tokens of row {row}, the "
+            f"prompt has {int(lengths[row])}: pass the whole text so far and at least one "
+            "token more, crop() the cache, or reset() it"
+        )
+    return cached
+
+
+def refuse_unknown(options: dict[str, Any], known: Collection[str]) -> None:
+    """Raise for what `generate` was given and does not know, or cannot do yet."""
+    for name in options:
+        if name not in UNSUPPORTED:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {close[0]}?" if close else ""
+            raise TypeError(f"generate: unknown option {name!r}{hint}")
+    refuse_unsupported(options, "in the call")
+
+
+def _check_ids(ids: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"generate: input_ids is {ids.dtype}: it must be int64")
+    if ids.dim() != 2:
+        hint = "; input_ids[None] makes one row of it" if ids.dim() == 1 else ""
+        raise ValueError(
+            f"generate: input_ids has shape {list(ids.shape)}: it must be [rows, tokens]{hint}"
+        )
+    if 0 in ids.shape:
+        raise ValueError(
+            f"generate: input_ids has shape {list(ids.shape)}: at least one row and one token are "
+            "wanted; a text begins with bos_token_id"
+        )
+    return ids.to(torch.int64)
+
+
+def _check_vocabulary(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
+    bad = (ids < 0) | (ids >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"generate: input_ids[{row}, {column}] is {int(ids[row, column])}: the vocabulary has "
+            f"{vocab} tokens"
+        )
+
+
+def _padding_mask(
+    content: Tensor, attention_mask: Tensor | None, options: GenerationConfig
+) -> Tensor | None:
+    """Give bool [B, S], True = token; None if all are.
+
+    Like transformers, takes pads in the prompt as padding unless pad also ends texts.
+    """
+    batch, columns = content.shape[:2]
+    if attention_mask is None:
+        pad = options.pad_token_id
+        if content.dim() != 2 or pad is None or pad in options.eos_token_ids:
+            return None
+        mask = content != pad
+        if bool(mask.all()):
+            return None
+        warnings.warn(
+            f"generate: input_ids contains pad_token_id ({pad}) and no attention_mask is given: "
+            "these tokens are taken as padding; pass attention_mask to say what is meant",
+            stacklevel=4,
+        )
+        return mask
+    if attention_mask.shape != (batch, columns):
+        raise ValueError(
+            f"generate: attention_mask has shape {list(attention_mask.shape)}: it must be "
+            f"[{batch}, {columns}] like the prompt, with 1 for a token and 0 for padding"
+        )
+    if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise ValueError(
+            "generate: attention_mask has other values than 1 for a token and 0 for padding"
+        )
+    mask = attention_mask != 0
+    return None if bool(mask.all()) else mask
+
+
+def _new_tokens(options: GenerationConfig, columns: int) -> int:
+    if options.max_new_tokens is not None:
+        return options.max_new_tokens
+    if options.max_length is None:
+        return DEFAULT_NEW_TOKENS
+    if options.max_length <= columns:
+        raise ValueError(
+            f"generate: max_length is {options.max_length}, the prompt has {columns} columns "
+            "already: raise it, or use max_new_tokens, which does not count the prompt"
+        )
+    return options.max_length - columns
+
+
+def _pack(
+    content: Tensor, mask: Tensor | None, lengths: Tensor, cached: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Give the tokens after the first `cached` of each row, padded at the left, and their mask.
+
+    So the last column is each row's last token, and padding costs no more than the longest row has.
+
+    Args:
+        content: [B, S] or [B, S, hidden_size].
+        mask: bool [B, S], True = token; None: all are.
+        lengths, cached: int64 [B], tokens of each row, and how many of them to leave out.
+
+    Returns:
+        [B, P] or [B, P, hidden_size], and bool [B, P], None if all are tokens.
+    """
+    counts = lengths - cached
+    width = int(counts.max())
+    if mask is not None:
+        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # real tokens first
+    else:
+        order = torch.arange(content.shape[1], device=content.device).expand(content.shape[:2])
+    # number of the token among the row's real ones, [B, P]; padding repeats the row's first
+    number = lengths[:, None] - width + torch.arange(width, device=content.device)
+    kept = number >= cached[:, None]
+    column = order.gather(1, number.clamp(min=0))
+    rows = torch.arange(content.shape[0], device=content.device)[:, None]
+    return content[rows, column], None if bool(kept.all()) else kept
+
+
+def _text(content: Tensor, mask: Tensor | None, columns: int) -> Tensor:
+    """Give the tokens of each row from column 0 on, int64 [B, columns]; -1 where none is yet."""
+    text = content.new_full((content.shape[0], columns), -1, dtype=torch.int64)
+    if content.dim() == 2:
+        known = content
+        if mask is not None:
+            order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+            known = content.masked_fill(~mask, -1).gather(1, order)[:, :columns]
+        text[:, : known.shape[1]] = known
+    return text
