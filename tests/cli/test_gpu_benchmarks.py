@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import attention, check, linear, model, model_gpu, runner, tables, timing
+from benchmarks import attention, check, gpu_plan, linear, model, model_gpu, runner, tables, timing
 from benchmarks.predict import predict
 from gemma2 import ops, reference
 from gemma2.bench import Timing
@@ -33,7 +33,7 @@ DECODE = {**PREFILL, "kind": "decode", "batch": 2, "queries": 1}
 
 
 def rehearse(name, only="", **options):
-    options = {"seconds": 0.0, "without": gpu_day.COMPILED, "rehearse": True, **options}
+    options = {"seconds": 0.0, "without": gpu_plan.COMPILED, "rehearse": True, **options}
     return runner.run_benchmark(name, only=only, copy=1e10, product=1e11, **options)
 
 
@@ -372,7 +372,7 @@ def test_after_a_fault_of_the_device_the_other_cases_are_not_run(slow, monkeypat
 
 @pytest.mark.parametrize("name", WITH_GPU_CASES)
 def test_the_gpu_day_runs_every_case_of_these_once(name):
-    steps = [step for step in gpu_day.BENCH if step.name == name]
+    steps = [step for step in gpu_plan.BENCH if step.name == name]
     module = importlib.import_module(f"benchmarks.{name}")
     chosen = [
         runner.words_of(case)
@@ -384,14 +384,14 @@ def test_the_gpu_day_runs_every_case_of_these_once(name):
 
 
 def test_the_gpu_day_has_something_of_every_benchmark():
-    assert {step.name for step in gpu_day.BENCH} == set(runner.available())
-    for step in gpu_day.BENCH:
+    assert {step.name for step in gpu_plan.BENCH} == set(runner.available())
+    for step in gpu_plan.BENCH:
         module = importlib.import_module(f"benchmarks.{step.name}")
         assert len(runner.chosen_cases(module, torch.device("cuda"), step.only)) >= 2, step
 
 
 def test_what_counts_most_comes_first():
-    first, second, third, fourth = gpu_day.BENCH[:4]
+    first, second, third, fourth = gpu_plan.BENCH[:4]
     (prefill, longer), module = attention.cuda_cases()[:2], attention
     assert (prefill["keys"], longer["keys"]) == (2048, 8192)
     assert prefill in runner.chosen_cases(module, torch.device("cuda"), first.only)
@@ -401,14 +401,14 @@ def test_what_counts_most_comes_first():
 
 def test_the_gpu_days_benchmarks_fit_into_its_nine_minutes():
     minutes = 9 * 60 - gpu_day.RESERVE
-    seconds = [step.seconds for step in gpu_day.BENCH]
-    models = 1 + max(i for i, step in enumerate(gpu_day.BENCH) if step.name == "model")
-    assert sum(seconds[:models]) + gpu_day.FIRST_BUILD <= minutes
-    assert sum(seconds) + gpu_day.LATER_BUILD <= minutes
-    for step in gpu_day.BENCH:
+    seconds = [step.seconds for step in gpu_plan.BENCH]
+    models = 1 + max(i for i, step in enumerate(gpu_plan.BENCH) if step.name == "model")
+    assert sum(seconds[:models]) + gpu_plan.FIRST_BUILD <= minutes
+    assert sum(seconds) + gpu_plan.LATER_BUILD <= minutes
+    for step in gpu_plan.BENCH:
         module = importlib.import_module(f"benchmarks.{step.name}")
         cases = runner.chosen_cases(module, torch.device("cuda"), step.only)
-        assert step.seconds >= gpu_day.STARTING + (0.6 if step.name == "linear" else 1.5) * len(
+        assert step.seconds >= gpu_plan.STARTING + (0.6 if step.name == "linear" else 1.5) * len(
             cases
         )
 

@@ -3,7 +3,7 @@
     --part tests      the operators' contract tests on the device's kernels, each call twice and equal
                       to the bit; PTX wrappers against their twins; what only a device shows
     --part sanitize   compute-sanitizer's memcheck, racecheck, synccheck and initcheck
-    --part bench      the operators' benchmarks
+    --part bench      the benchmarks, what counts most first (benchmarks/gpu_plan.py)
 
 Without a part all three run, one after the other. It needs this Python with torch for CUDA, pytest,
 hypothesis, pybind11 and CMake, and nvcc, and no network: the package is built in place for the
@@ -44,6 +44,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_plan import BENCH, COMPILED, STARTING
 from tests.cuda import lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,45 +61,6 @@ SMALL = (
     " or (add_rms_norm_matches and not 2304))"
     " and not opcheck and not gradient and not bad"
 )
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A process of the bench part."""
-
-    name: str
-    only: str  # what its cases' text contains
-    seconds: float  # at most, starting (10 s) included
-
-    def __str__(self) -> str:
-        return f"benchmark {self.name}" + (f" ({self.only})" if self.only else "")
-
-
-# What counts most comes first, since a run may be cut off; a process takes what it needs, and no more
-# than it has here. Up to the 9B model all of it fits into a part that must build first (FIRST_BUILD),
-# the rest into one that finds what a part before has built. Estimated at worst, before the first run on
-# a GPU: 2 s a case of attention and 10 s to compile FlexAttention at each of 12 shapes, 0.6 s a product,
-# 5 s a case of the model and 50 s to compile transformers', 3 s a case of what moves bytes, its
-# compiled peer included.
-BENCH = (
-    Benchmark("attention", "kind=prefill heads=(8, 4, 256)", 70),
-    Benchmark("attention", "kind=decode", 80),
-    Benchmark("linear", "", 38),
-    Benchmark("model", "size=2b", 90),
-    Benchmark("attention", "kind=prefill heads=(32, 16, 128)", 35),
-    Benchmark("attention", "kind=prefill heads=(16, 8, 256)", 22),
-    Benchmark("model", "size=9b", 48),
-    Benchmark("rms_norm", "hidden=2304 dtype=bfloat16", 20),
-    Benchmark("rope", "model=2b", 25),
-    Benchmark("sample", "rows=1 dtype=bfloat16", 25),
-    Benchmark("cache_write", "heads=4 dim=256", 20),
-    Benchmark("geglu", "width=9216 dtype=bfloat16", 15),
-    Benchmark("embed", "hidden=2304 dtype=bfloat16", 15),
-    Benchmark("softcap", "dtype=bfloat16", 15),
-)
-FIRST_BUILD, LATER_BUILD = 145.0, 15.0  # seconds
-STARTING = 10.0  # seconds of a process, torch's import and the first rates
-COMPILED = ("compile", "flex")  # peers
 SANITIZER_ERRORS = 97  # compute-sanitizer's exit code if it found something
 RESERVE = 6.0  # seconds of a part that are left for its tables
 

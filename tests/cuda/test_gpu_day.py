@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import gemma2
+from benchmarks import gpu_plan
 from gemma2 import ops, reference
 from tests.cuda import gpu_day, lines, proxy
 
@@ -115,8 +116,8 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_with_their_budgets(tmp_path, monk
     args = argparse.Namespace(minutes=9.0, only=None)
     part = gpu_day.Run("bench", gpu_day.Machine("cuda", {}, None), tmp_path, args)
     part.bench()
-    assert len(asked) == len(gpu_day.BENCH)
-    for step, (command, seconds) in zip(gpu_day.BENCH, asked, strict=True):
+    assert len(asked) == len(gpu_plan.BENCH)
+    for step, (command, seconds) in zip(gpu_plan.BENCH, asked, strict=True):
         words = command[command.index("benchmarks.runner") + 1 :]
         assert words[0] == step.name
         assert words[words.index("--device") + 1] == "cuda"
@@ -124,7 +125,7 @@ def test_the_benchmarks_of_a_gpu_are_asked_for_with_their_budgets(tmp_path, monk
         assert "--rehearse" not in words
         assert "--without" not in words
         assert seconds == step.seconds
-        assert float(words[words.index("--budget") + 1]) == step.seconds - gpu_day.STARTING
+        assert float(words[words.index("--budget") + 1]) == step.seconds - gpu_plan.STARTING
         if step.only:
             assert words[words.index("--only") + 1] == step.only
     # of little time that is left the budget is less
