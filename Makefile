@@ -75,7 +75,7 @@ emulator: $(VENV)/.test-requirements  ## Build the CUDA kernels as host code, wi
 
 # Without K: the tests of the emulator itself, the operators' contract tests and the users' cases on
 # emulated CUDA kernels, and the table of their counters.
-EMULATED := embed rms_norm rope cache_write geglu softcap sample attention
+EMULATED := embed rms_norm rope cache_write geglu softcap sample attention linear
 # Too long on the emulator: what float32 (dtype0) takes, which no tensor core serves (with K=attention it
 # runs), and 8000 tokens.
 TOO_LONG := not ((deterministic_bits or small_and or decode_matches) and dtype0) and not 8k_of_context

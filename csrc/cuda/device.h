@@ -18,4 +18,12 @@ inline Device device() {
   return d;
 }
 
+// Blocks that run at a time, if registers let `most` run on a multiprocessor.
+inline int64_t resident_blocks(int64_t most, int64_t shared_bytes) {
+  constexpr int64_t kReserved = 1024;  // of shared memory, in each block
+  const Device d = device();
+  const int64_t fit = d.shared_bytes / (shared_bytes + kReserved);
+  return d.multiprocessors * (fit < 1 ? 1 : fit < most ? fit : most);
+}
+
 }  // namespace gemma2::cuda

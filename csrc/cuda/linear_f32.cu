@@ -4,7 +4,7 @@
 // go by in shared memory at a time; their products are one chain of FMA by rising k, which then
 // joins the total: short chains keep roundings small. The order is the same whatever the shape is.
 //
-// Planned: 256 threads, 96 registers, 18.4 KB of shared memory, 16 resident warps. Bound by FMA,
+// Planned: 256 threads, 80 registers, 18 KB of shared memory, 24 resident warps. Bound by FMA,
 // and as much by reading shared memory: 8 accesses of 16 bytes for 64 FMA. With one row,
 // one warp of 8 multiplies. Tensor cores would round to tf32.
 //

@@ -4,23 +4,25 @@
 // A block takes tiles of 16 rows of the weight; its warps share K, a segment of 256 each: 9 warps
 // for K = 2304, 8 for 2048, four rounds of 9 for 9216. A warp copies its weights into a ring of its
 // own in shared memory, 2 KB (16 rows of 64 k: whole lines) at a time, and goes on to the next
-// round and tile without waiting for other warps: two copies are always on their way, also past the
+// round and tile without waiting for other warps: three copies are on their way, also past the
 // barrier of a round. Its rows of x are in registers, read again (from the caches, which weights
 // pass by) only where there are several rounds. The sums of the segments meet in shared memory,
-// where 16 x 8 or 16 x 16 threads add them in order. Blocks are as many as get the same number of
-// tiles, at most two a multiprocessor.
+// where a thread each adds those of an element, in order. Blocks are as many as get the same number
+// of tiles among those that run at a time: no last few that others wait for.
 //
-// Planned: 288 threads; up to 8 rows 96 registers and 65 KB of shared memory, for more 112
-// registers and 77 KB; so two blocks are resident, 18 resident warps, but one on sm_86. A block
-// keeps 36 KB on their way.
+// Planned: 288 threads. Up to 8 rows: 88 registers, 81 KB of shared memory, two blocks a
+// multiprocessor (one on sm_86). For more: 128 registers, 90 KB, one block. A block keeps 54 KB on
+// their way; 3.3 TB/s, 132 multiprocessors and 1 us from request to use want 25 KB on each.
 //
-// Bound by memory: 2 N K bytes. At 3.3 TB/s, 132 multiprocessors and 1 us from request to use, each
-// must have 25 KB on their way. The products are padded to 8 rows of x, which costs nothing: 8
-// instructions for 4 KB, which take a multiprocessor 0.16 us to come.
+// Bound by memory: 2 N K bytes. The tensor cores' work is padded to 8 rows of x, which costs
+// nothing: 16 instructions for 8 KB, which a multiprocessor receives in 0.33 us. x comes from the
+// second-level cache once a block and, with several rounds, once a tile: at 16 rows as many bytes
+// as the tile's weights.
 //
-// Tried: weights straight into the registers of the tensor cores, which need no ring. The compiler
-// shares one scoreboard among the loads, so each would wait for all of them. Not split over blocks,
-// which would take a second launch: 1024 rows of the weight occupy 64 multiprocessors.
+// Tried: weights straight into the registers that the tensor cores take them from, without a ring.
+// The compiler lets these loads share one scoreboard, so each would wait for all. Not split over
+// blocks, which would take a second launch: 1024 rows of the weight occupy 64 multiprocessors, with
+// 3.5 MB on their way.
 //
 // Called by csrc/cuda/linear.cu.
 
@@ -67,18 +69,20 @@ template <typename T>
 class Copies {
  public:
   GEMMA2_DEVICE Copies(const Few& f, unsigned char* ring)
-      : f_(f), ring_(ring + chunk_offset(first_row(), chunk())) {
+      : f_(f), ring_(ring), offset_(tile_offset<kStage>(first_row(), chunk())) {
     begin(blockIdx.x);
   }
 
   // Starts the next one, number `stage` of its segment, as a group of copies, which may be empty.
   GEMMA2_DEVICE void start(int stage) {
     if (tile_ < f_.tiles) {
+      const T* from = from_ + k_;  // of what is not valid, nothing is read
 #pragma unroll
       for (int i = 0; i < kRows; i += 4) {
-        const bool valid = k_ < f_.k && i < rows_;
-        copy_async<16>(ring_ + stage * kStageBytes + chunk_offset(i, 0),
-                       valid ? from_ + i * f_.p.weight_stride + k_ : f_.p.weight, valid);
+        // Four rows further, the bits that tell chunks apart are exclusive-ored with 4.
+        unsigned char* to = ring_ + stage * kStageBytes + i * 2 * kStage + (offset_ ^ i % 8 * 16);
+        copy_async<16>(to, from, k_ < f_.k && i < rows_);
+        from += 4 * f_.p.weight_stride;
       }
       advance();
     }
@@ -106,24 +110,28 @@ class Copies {
 
   const Few& f_;
   unsigned char* const ring_;
-  const T* from_;  // the first row
+  const int offset_;  // of the first chunk, in a stage
+  const T* from_;     // the first row
   int tile_, rows_, k_;
 };
 
-// A lane's share of x in the warp's segment of a round. Rows that x has not are its last one again:
-// their sums are left.
+// Operand B of a segment, two words a step: rows of x that there are not are its last one again,
+// and their sums are left.
+template <int kGroups>
+using Segment = uint32_t[kSegment / kStep][kGroups][2];
+
 template <typename T, int kGroups>
-GEMMA2_DEVICE void load_x(uint4 (&x)[kSegment / kStep][kGroups], const Few& f, int round) {
+GEMMA2_DEVICE void load_x(Segment<kGroups>& x, const Few& f, int round) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int first = (round * f.warps + warp) * kSegment + lane % 4 * 8;
+  const int first = (round * f.warps + warp) * kSegment + lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
     const int row = min(j * 8 + lane / 4, static_cast<int>(f.p.m) - 1);
     const T* from = static_cast<const T*>(f.p.x) + row * f.p.x_stride;
 #pragma unroll
-    for (int i = 0; i < kSegment / kStep; ++i) {
-      const int k = first + i * kStep;
-      x[i][j] = k < f.k ? load(reinterpret_cast<const uint4*>(from + k)) : uint4{0, 0, 0, 0};
+    for (int i = 0; i < kSegment / 8; ++i) {
+      const int k = first + i * 8;
+      x[i / 2][j][i % 2] = k < f.k ? load(reinterpret_cast<const uint32_t*>(from + k)) : 0;
     }
   }
 }
@@ -138,14 +146,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kGroups>) few_kernel(Few f) 
 #pragma unroll 1
   for (int i = 0; i + 1 < kStages; ++i) copies.start(i);
 
-  uint4 x[kSegment / kStep][kGroups];
+  Segment<kGroups> x;
   int parity = 0;
   for (int tile = blockIdx.x; tile < f.tiles; tile += gridDim.x) {
     float total = 0;
     for (int round = 0; round < f.rounds; ++round) {
       const int segments = min(f.warps, f.segments - round * f.warps);
       if (warp < segments) {
-        if (f.rounds > 1 || tile == static_cast<int>(blockIdx.x)) load_x<T>(x, f, round);
+        if (f.rounds > 1 || tile == static_cast<int>(blockIdx.x)) load_x<T, kGroups>(x, f, round);
         float sum[kGroups][4] = {};
 #pragma unroll
         for (int i = 0; i < kStages; ++i) {
@@ -156,10 +164,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kGroups>) few_kernel(Few f) 
           const unsigned char* stage = shared.ring[warp][i];
 #pragma unroll
           for (int step = 0; step < kStage / kStep; ++step) {
-            const uint4 low = load_rows_of_8(stage, 0, step), high = load_rows_of_8(stage, 8, step);
+            uint32_t w[4];
+            load_rows<kStage>(w, stage, 0, step);
 #pragma unroll
             for (int j = 0; j < kGroups; ++j)
-              add_step<T>(sum[j], low, high, x[i * (kStage / kStep) + step][j]);
+              mma_16x8x16<T>(sum[j], w, x[i * (kStage / kStep) + step][j]);
           }
         }
 #pragma unroll
@@ -186,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kGroups>) few_kernel(Few f) 
 
 template <typename T, int kGroups>
 void run(const Few& f, CudaCall& call) {
-  const int64_t resident = int64_t{kBlocks<kGroups>} * device().multiprocessors;
+  const int64_t resident = resident_blocks(kBlocks<kGroups>, sizeof(Shared<kGroups>));
   const int64_t tiles_of_a_block = ceil_div(f.tiles, resident);
   const int threads = f.warps * kWarp > kGroups * kSums ? f.warps * kWarp : kGroups * kSums;
   launch(call, "linear few", few_kernel<T, kGroups>, ceil_div(f.tiles, tiles_of_a_block), threads,

@@ -3,13 +3,13 @@
 //
 // A block of 4 warps makes 64 columns of out (rows of the weight) for 128 rows of x, a warp 32 for
 // 64. Stages of 64 k go by in shared memory, two of them on their way; one barrier a stage. A
-// segment's sums are 64 registers, the totals of those before it 64 more: this order costs them.
-// The result passes through shared memory, so that rows of out are written 16 bytes at a time.
-// Blocks that run at a time share rows of the weight first.
+// segment's sums are 64 floats a thread, the totals of those before it 64 more: this order costs
+// them. The result passes through shared memory, so that rows of out are written 16 bytes at a
+// time. Blocks that run at a time share rows of the weight first.
 //
-// Planned: 128 threads, 255 registers, 72 KB of shared memory; 8 resident warps, 4 on sm_86. Bound
-// by the tensor cores, and by shared memory: a warp reads 6 KB for 32 instructions. Not the fast
-// way: cuBLAS takes wgmma and larger tiles where there are any.
+// Planned: 128 threads, 216 registers, 72 KB of shared memory: two blocks a
+// multiprocessor, one on sm_86. Bound by the tensor cores, and as much by shared memory: a warp
+// reads 6 KB for 32 instructions. Not the fast way: cuBLAS has larger tiles, and wgmma on sm_90.
 //
 // Called by csrc/cuda/linear.cu.
 
@@ -35,32 +35,44 @@ union alignas(128) Shared {
   T out[kRows * kOutStride];
 };
 
-// Copies rows [first, first + kCount) of a matrix, numbers [k, k + 64) of each, into a tile: zeros
-// where there are none. Asynchronously, if kAligned says that rows have whole chunks of 16 bytes.
+// What a thread copies of a matrix: chunk threadIdx.x % 8 of every 16th row of the block's kCount.
+// Asynchronously, if kAligned says that rows have whole chunks of 16 bytes.
 template <typename T, bool kAligned, int kCount>
-GEMMA2_DEVICE void copy_rows(unsigned char* tile, const void* matrix, int64_t stride, int64_t first,
-                             int64_t rows, int64_t k, int64_t end) {
-  const int chunk = threadIdx.x % 8, row = threadIdx.x / 8;
-  const T* const base = static_cast<const T*>(matrix);
-  k += chunk * 8;
-  const T* from = base + (first + row) * stride + k;
+struct Copies {
+  static constexpr int kApart = kThreads / 8;  // rows
+  const T* from;
+  int64_t stride;
+  int rows;    // that there are, this one and those below
+  int offset;  // in a tile
+
+  GEMMA2_DEVICE Copies(const void* matrix, int64_t row_stride, int64_t first, int64_t all) {
+    const int chunk = threadIdx.x % 8, row = threadIdx.x / 8;
+    from = static_cast<const T*>(matrix) + (first + row) * row_stride + chunk * 8;
+    stride = row_stride;
+    rows = static_cast<int>(all - first < kCount ? all - first : kCount) - row;
+    offset = tile_offset<kStage>(row, chunk);  // the same in all of its rows
+  }
+
+  // Numbers [k, k + 64) of the rows, of which `end` are left for this thread: zeros where there are
+  // none, of which nothing is read.
+  GEMMA2_DEVICE void start(unsigned char* tile, int64_t k, int64_t end) const {
+    const T* chunk = from + k;
 #pragma unroll
-  for (int i = 0; i < kCount; i += kThreads / 8) {
-    const bool there = first + row + i < rows;
-    unsigned char* to = tile + chunk_offset(row + i, chunk);
-    if constexpr (kAligned) {
-      const bool valid = there && k < end;
-      copy_async<16>(to, valid ? from + i * stride : base, valid);
-    } else {
-      uint32_t words[4] = {};
+    for (int i = 0; i < kCount; i += kApart) {
+      unsigned char* to = tile + offset + i * 2 * kStage;
+      if constexpr (kAligned) {
+        copy_async<16>(to, chunk, i < rows && end > 0);
+      } else {
+        uint32_t words[4] = {};
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (there && k + e < end)
-          words[e / 2] |= uint32_t{load(from + i * stride + e).bits} << e % 2 * 16;
-      store(reinterpret_cast<uint4*>(to), uint4{words[0], words[1], words[2], words[3]});
+        for (int e = 0; e < 8; ++e)
+          if (i < rows && e < end) words[e / 2] |= uint32_t{load(chunk + e).bits} << e % 2 * 16;
+        store(reinterpret_cast<uint4*>(to), uint4{words[0], words[1], words[2], words[3]});
+      }
+      chunk += kApart * stride;
     }
   }
-}
+};
 
 using Sums = float[kWarpColumns / 16][kWarpRows / 8][4];
 
@@ -68,17 +80,19 @@ template <typename T>
 GEMMA2_DEVICE void multiply(Sums& sums, const Stage& stage, int column, int row) {
 #pragma unroll
   for (int step = 0; step < kStage / kStep; ++step) {
-    uint4 low[kWarpColumns / 16], high[kWarpColumns / 16];
+    uint32_t w[kWarpColumns / 16][4];
 #pragma unroll
-    for (int i = 0; i < kWarpColumns / 16; ++i) {
-      low[i] = load_rows_of_8(stage.weight, column + i * 16, step);
-      high[i] = load_rows_of_8(stage.weight, column + i * 16 + 8, step);
-    }
+    for (int i = 0; i < kWarpColumns / 16; ++i)
+      load_rows<kStage>(w[i], stage.weight, column + i * 16, step);
 #pragma unroll
-    for (int j = 0; j < kWarpRows / 8; ++j) {
-      const uint4 x = load_rows_of_8(stage.x, row + j * 8, step);
+    for (int j = 0; j < kWarpRows / 8; j += 2) {
+      uint32_t x[2][2];
+      load_keys<kStage>(x[0], x[1], stage.x, row + j * 8, step);
 #pragma unroll
-      for (int i = 0; i < kWarpColumns / 16; ++i) add_step<T>(sums[i][j], low[i], high[i], x);
+      for (int i = 0; i < kWarpColumns / 16; ++i) {
+        mma_16x8x16<T>(sums[i][j], w[i], x[0]);
+        mma_16x8x16<T>(sums[i][j + 1], w[i], x[1]);
+      }
     }
   }
 }
@@ -123,13 +137,14 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(LinearParams p, int r
   const int64_t first_column = int64_t{blockIdx.x / row_tiles} * kColumns;
   const int count = static_cast<int>((p.k + kStage - 1) / kStage);
 
+  const Copies<T, kAligned, kColumns> weight(p.weight, p.weight_stride, first_column, p.n);
+  const Copies<T, kAligned, kRows> x(p.x, p.x_stride, first_row, p.m);
   const auto start = [&](int i) {
     if (i < count) {
       Stage& stage = shared.stages[i % kStages];
-      const int64_t k = int64_t{i} * kStage;
-      copy_rows<T, kAligned, kColumns>(stage.weight, p.weight, p.weight_stride, first_column, p.n,
-                                       k, p.k);
-      copy_rows<T, kAligned, kRows>(stage.x, p.x, p.x_stride, first_row, p.m, k, p.k);
+      const int64_t k = int64_t{i} * kStage, end = p.k - k - threadIdx.x % 8 * 8;
+      weight.start(stage.weight, k, end);
+      x.start(stage.x, k, end);
     }
     copy_async_commit();
   };

@@ -81,6 +81,15 @@ def cases() -> Iterator[Case]:
     )
     gate, up = torch.randn(2, ROWS, width).to(BF16)
     yield Case("geglu", f"{ROWS} x {width}", 3 * _bytes(gate), lambda: ops.geglu(gate, up))
+    weight = torch.randn(1024, hidden).to(BF16)
+    for rows in (1, 8, 16):
+        few = torch.randn(rows, hidden).to(BF16)
+        yield Case(
+            "linear",
+            f"{rows} x {hidden} -> 1024",
+            _bytes(few, weight) + 2 * rows * 1024,
+            lambda few=few: torch.ops.gemma2.linear(few, weight),
+        )
     logits = (torch.randn(1, vocab) * 3).to(BF16)
     yield Case("softcap", f"1 x {vocab}", 2 * _bytes(logits), lambda: ops.softcap(logits, 30.0))
     capped = ops.softcap(logits, 30.0)
@@ -124,6 +133,7 @@ def row(case: Case, counters: dict[str, Any]) -> dict[str, Any]:
 
 def main(names: list[str]) -> int:
     emulator = Emulator()
+    emulator.library.gemma2_emulate_linear(True)
     rows = []
     torch.manual_seed(0)
     for case in cases():

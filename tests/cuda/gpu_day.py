@@ -50,7 +50,7 @@ from tests.cuda import lines
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("tests", "sanitize", "bench")
 OPERATORS = (
-    "embed", "rms_norm", "rope", "cache_write", "geglu", "softcap", "sample", "attention"
+    "embed", "rms_norm", "rope", "cache_write", "geglu", "softcap", "sample", "attention", "linear"
 )  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Contract tests of all operators on small shapes, strided ones and awkward positions among them.

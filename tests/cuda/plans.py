@@ -95,6 +95,7 @@ _piece = Plan(
 # The first that fits counts.
 # Two products and their operands: keys by rows, values transposed.
 _products = (COPY_128, TENSOR_CORES, LOAD_MATRIX, LOAD_TRANSPOSED)
+_few = (COPY_128, LOAD_MATRIX, TENSOR_CORES)
 # The fewest warps are sm_86's: its shared memory holds one block at head_dim 256 and 128, two at 64.
 _decode = Plan(
     "attention_decode split<*, 256, *>", threads=128, registers=168, warps=4, dynamic_shared=76800,
@@ -140,6 +141,24 @@ PLANS = (
         _prefill, kernels="attention_prefill<*, 64, *>", registers=168, warps=12,
         dynamic_shared=25216,
     ),
+    Plan(
+        "linear_few<*, 1>", threads=288, registers=88, warps=9, dynamic_shared=82944,
+        expects=_few,
+    ),
+    Plan(
+        "linear_few<*, 2>", threads=288, registers=128, warps=9, dynamic_shared=92160,
+        expects=_few,
+    ),
+    Plan(
+        "linear_tile<*, true>", threads=128, registers=216, warps=4, dynamic_shared=73728,
+        expects=(COPY_128, LOAD_MATRIX, TENSOR_CORES, STORE_128),
+    ),
+    # Of what is not aligned.
+    Plan(
+        "linear_tile<*, false>", threads=128, registers=216, warps=4, dynamic_shared=73728,
+        expects=(TENSOR_CORES,),
+    ),
+    Plan("linear_f32", threads=256, registers=80, warps=24, static_shared=18432),
     Plan("attention_any<*>", threads=256, registers=128, warps=8, dynamic_shared=70144),
     replace(_piece, kernels="sample best<*>"),
     Plan("sample best_row", threads=64, registers=32, warps=64, static_shared=1280),

@@ -37,6 +37,7 @@ OPERATORS = {
     "test_softcap": ("softcap",),
     "test_sample": ("sample",),
     "test_attention": ("attention",),
+    "test_linear": ("linear",),
 }
 
 
