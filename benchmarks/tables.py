@@ -10,7 +10,7 @@ from gemma2.bench import markdown
 __all__ = ["compact"]
 
 # Of ours alone; what is left of a row's values stands in the lines of results.
-_OURS = ("ours GFLOP/s", "ours GB/s", "ours tokens/s")
+_OURS = ("ours us median", "ours GFLOP/s", "ours GB/s", "ours tokens/s")
 _LEFT_OUT = (" us median", " GFLOP/s", " GB/s", " tokens/s")
 
 
@@ -19,7 +19,7 @@ def _kept(name: str) -> bool:
 
 
 def compact(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Give a Markdown table of the rows: the best times, ours as a rate; columns with values only.
+    """Give a Markdown table of the rows: the best times, ours also the median and as a rate; columns with values only.
 
     What a case is comes first, then times in us, ratios "x <peer>" (above 1 ours is faster), rates
     and shares, the prediction, and whatever else a benchmark notes.
@@ -44,7 +44,7 @@ def _rank(name: str) -> int:
     """Give where a column stands: sorting is stable, so each kind keeps its order."""
     kinds: tuple[bool, ...] = (
         name.startswith(("predicted", "measured", "bound")),
-        name.endswith(" us"),
+        name.endswith((" us", " us median")),
         name.startswith("x "),
         name.startswith("ours ") and name.endswith("/s"),
         name.startswith("share of "),

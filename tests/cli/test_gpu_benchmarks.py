@@ -221,13 +221,15 @@ def test_flex_attention_has_the_cap_the_window_and_the_offset_of_the_queries():
     assert 0 < row["flex error"] < 5e-3
 
 
-def test_scores_reach_several_times_the_cap():
+def test_scores_reach_several_times_the_cap_and_uncapped_results_are_far_away():
     parts = attention.run(DECODE, CPU)
     q, k, _ = parts["check"]._make.args
     k = k.repeat_interleave(2, 1)
     scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
     assert scores.abs().max() > 3 * attention.CAP
     assert scores.abs().mean() > 0.5 * attention.CAP
+    apart, _ = check.relative(parts["check"]._mistake(), parts["check"].exact)
+    assert apart > 0.5
 
 
 def test_the_exact_result_is_that_of_the_reference_whatever_the_pieces(monkeypatch):
@@ -299,6 +301,16 @@ def test_a_graph_that_changes_a_token_fails_the_case():
         model_gpu.assert_same_text(Writer({(False, None): [0, 1, 7, 3]}), ids, 4)
     with pytest.raises(AssertionError, match="the drawn texts differ from token 3"):
         model_gpu.assert_same_text(Writer({(True, None): [0, 1, 2, 9]}), ids, 4)
+
+
+def test_decoding_one_row_asserts_that_the_graph_changes_nothing(monkeypatch):
+    def differ(*_):
+        raise AssertionError("with and without a graph the greedy texts differ from token 3")
+
+    monkeypatch.setattr(model_gpu, "assert_same_text", differ)
+    (row,) = rehearse("model", only="size=2b kind=decode tokens=512 batch=1 new=64 peer=eager")
+    assert row["trouble"].startswith("failed: AssertionError: with and without a graph")
+    assert "ours us" not in row
 
 
 def test_steps_are_timed_after_the_first_ones():
@@ -443,6 +455,7 @@ def test_a_compact_table_has_ours_the_peers_ratios_rates_and_the_prediction(monk
         "n": "1",
         "tokens": "7",
         "ours us": "1000",
+        "ours us median": "2000",
         "peer us": "3000",
         "x peer": "3",
         "ours TFLOP/s": "2",
@@ -455,7 +468,7 @@ def test_a_compact_table_has_ours_the_peers_ratios_rates_and_the_prediction(monk
         "peak GB": "1.5",
         "not timed": "other: RuntimeError: does not compile",
     }
-    assert list(cells)[:5] == ["n", "tokens", "ours us", "peer us", "x peer"]
+    assert list(cells)[:5] == ["n", "tokens", "ours us", "ours us median", "peer us"]
 
 
 def test_a_prediction_is_not_compared_with_a_rehearsal():

@@ -105,7 +105,8 @@ def test_a_dry_run_of_the_benchmarks_has_rows_rates_and_predictions(tmp_path):
     assert "copy GB/s" in tables
     assert "product TFLOP/s" in tables
     assert "| predicted us |" in tables
-    assert " us median" not in tables
+    assert "| ours us median |" in tables
+    assert "torch us median" not in tables
 
 
 def test_the_benchmarks_of_a_gpu_are_asked_for_with_their_budgets(tmp_path, monkeypatch):
