@@ -15,13 +15,13 @@ _LEFT_OUT = (" us median", " GFLOP/s", " GB/s", " tokens/s")
 
 
 def _kept(name: str) -> bool:
-    return name in _OURS or name == "copy GB/s" or not name.endswith(_LEFT_OUT)
+    return name in _OURS or not name.endswith(_LEFT_OUT)
 
 
 def compact(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Give a Markdown table of the rows: the best times, ours also the median and as a rate; columns with values only.
+    """Give a Markdown table of the rows, without columns that would be empty.
 
-    What a case is comes first, then times in us, ratios "x <peer>" (above 1 ours is faster), rates
+    Times are the best ones, of ours the median, too. What a case is comes first, then times in us, ratios "x <peer>" (above 1 ours is faster), rates
     and shares, the prediction, and whatever else a benchmark notes.
     """
     shown = []
