@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
     queries: int
     multiprocessors: int = 132
     launches: frozenset[str] = frozenset()
+    documents: bool = True
 
 
 SPLIT, COMBINE = "decode split", "decode combine"
@@ -39,6 +40,10 @@ KERNELS = {
     "prefill": Kernel(BF16, 20.0, 40, launches=frozenset({"attention_prefill"})),
     "prefill with a maximum": Kernel(F16, 20.0, 40, launches=frozenset({"attention_prefill"})),
     "prefill without a cap": Kernel(BF16, 0.0, 40, launches=frozenset({"attention_prefill"})),
+    # Whose whole tiles take a path of their own.
+    "prefill of one document": Kernel(
+        BF16, 20.0, 40, launches=frozenset({"attention_prefill"}), documents=False
+    ),
     "decode": Kernel(BF16, 20.0, 6, launches=frozenset({SPLIT, COMBINE})),
     "decode with a maximum": Kernel(F16, 20.0, 6, launches=frozenset({SPLIT, COMBINE})),
     "decode in one split": Kernel(BF16, 20.0, 6, 1, frozenset({SPLIT})),
@@ -47,11 +52,12 @@ EVERY = tuple(KERNELS)
 CAPPED = tuple(name for name in EVERY if KERNELS[name].softcap)
 WITH_MAXIMUM = (*(name for name in EVERY if name.endswith(("maximum", "cap"))), "any")
 TENSOR_CORES = EVERY[1:]
+OF_DOCUMENTS = tuple(name for name in EVERY if KERNELS[name].documents)
 CAUGHT_IN = {
     "cap_dropped": CAPPED,
     "window_off_by_one": EVERY,
     "future_visible": EVERY,
-    "documents_ignored": EVERY,
+    "documents_ignored": OF_DOCUMENTS,
     "ring_slot_misread": EVERY,
     "groups_interleaved": EVERY,
     "split_left_out": ("decode", "decode with a maximum"),
@@ -62,7 +68,7 @@ CAUGHT_IN = {
 }
 
 
-def arguments(kernel: Kernel) -> tuple[Tensor, ...]:
+def arguments(kernel: Kernel) -> tuple[Tensor | None, ...]:
     g = torch.Generator().manual_seed(0)
     q = torch.randn(1, 4, kernel.queries, 64, generator=g)
     k, v = torch.randn(2, 1, 2, CAPACITY, 64, generator=g)
@@ -71,8 +77,8 @@ def arguments(kernel: Kernel) -> tuple[Tensor, ...]:
     kv_start = torch.zeros(1, kernel.queries, dtype=torch.int64)
     kv_start[0, ::2] = LENGTH - WINDOW + 20  # every other query is of a document that began there
     kv_start[0, 1] = LENGTH  # sees nothing
-    at = torch.tensor([start]), torch.tensor([LENGTH]), kv_start
-    seen = reference.visible(at[0], kernel.queries, at[1], CAPACITY, kv_start, None, WINDOW)
+    at = torch.tensor([start]), torch.tensor([LENGTH]), kv_start if kernel.documents else None
+    seen = reference.visible(at[0], kernel.queries, at[1], CAPACITY, at[2], None, WINDOW)
     dead = ~seen.any(1)[:, None, :, None]
     assert dead.any()
     return q, k.masked_fill(dead, math.nan), v.masked_fill(dead, math.nan), *at
@@ -84,7 +90,7 @@ def check(kernel: Kernel) -> None:
     kw = {"scale": 0.4, "softcap": kernel.softcap, "window": WINDOW}
     out, lse = attention(*args, **kw)
     exact, exact_lse = reference.attention(
-        *(a.double() if a.is_floating_point() else a for a in args), **kw
+        *(a.double() if a is not None and a.is_floating_point() else a for a in args), **kw
     )
     eps = torch.finfo(kernel.dtype).eps
     torch.testing.assert_close(out.double(), exact, rtol=eps, atol=eps + 1e-5)
