@@ -21,8 +21,9 @@ def _kept(name: str) -> bool:
 def compact(rows: Iterable[Mapping[str, Any]]) -> str:
     """Give a Markdown table of the rows, without columns that would be empty.
 
-    Times are the best ones, of ours the median, too. What a case is comes first, then times in us, ratios "x <peer>" (above 1 ours is faster), rates
-    and shares, the prediction, and whatever else a benchmark notes.
+    Times are the best ones, of ours the median, too. What a case is comes first, then times in us,
+    ratios "x <peer>" (above 1 ours is faster), rates and shares, the prediction, and whatever else
+    a benchmark notes.
     """
     shown = []
     for row in rows:
