@@ -36,6 +36,7 @@
 #include "common/visibility.h"
 #include "cuda/attention_softmax.h"
 #include "cuda/attention_tile.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.h"
 
@@ -45,8 +46,7 @@ namespace {
 constexpr int kRows = 16;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kUnits = 4;             // that shared memory holds
-constexpr int kReservedBytes = 1024;  // of shared memory, in each block
+constexpr int kUnits = 4;  // that shared memory holds
 
 // Keys [begin, end), counted from the first that any row sees.
 struct alignas(8) Range {
@@ -476,26 +476,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
 }
 
 // ---- Launches ----
-
-struct Device {
-  int multiprocessors, shared_bytes;  // of shared memory, on each
-};
-
-Device device() {
-  Device d = {1, 0};
-  int current = 0;
-  cudaGetDevice(&current);
-  cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, current);
-  cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, current);
-  return d;
-}
-
-// Blocks that run at a time, if registers let `most` run on a multiprocessor.
-int64_t resident_blocks(int64_t most, int64_t shared_bytes) {
-  const Device d = device();
-  const int64_t fit = d.shared_bytes / (shared_bytes + kReservedBytes);
-  return d.multiprocessors * (fit < 1 ? 1 : fit < most ? fit : most);
-}
 
 template <typename T, int kDim, bool kOnline>
 void run(Decode d, CudaCall& call) {

@@ -2,7 +2,8 @@
 
 For each kernel, at a shape of Gemma 2 2B with few rows: the bytes that must move (each input read
 once, each output written once), the bytes that do, how well requests fill their sectors of 32 bytes,
-bank conflicts in shared memory, and barriers. Operators' names after it restrict the table.
+bank conflicts in shared memory, barriers, and products of tensor cores beside the fewest that hold all
+that is visible. Operators' names after it restrict the table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Case(NamedTuple):
     least: int  # bytes
     call: Callable[[], object]
     written: tuple[Tensor, ...] = ()  # in place
+    products: float = 0  # of 16 x 8 x 16, that the result needs; 0: not counted
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -79,6 +81,21 @@ def cases() -> Iterator[Case]:
         lambda: ops.cache_write(*caches, k, v, start, end),
         tuple(caches),
     )
+    # Decode of one token and of ROWS drafts, and a prompt, laid out as a model has them.
+    for queries, keys in ((1, 1000), (ROWS, 1000), (200, 200)):
+        q, k, v = (
+            torch.randn(1, n, heads, 256).to(BF16).transpose(1, 2)
+            for n, heads in ((queries, 8), (keys, 4), (keys, 4))
+        )
+        at = torch.tensor([keys - queries]), torch.tensor([keys])
+        pairs = 8 * sum(range(keys - queries + 1, keys + 1))
+        yield Case(
+            "attention",
+            f"{queries} x 8 x 256, {keys} x 4 keys",
+            2 * _bytes(q) + _bytes(k, v, *at) + 4 * 8 * queries,
+            lambda q=q, k=k, v=v, at=at: ops.attention(q, k, v, *at, scale=1 / 16, softcap=50.0),
+            products=2 * pairs * 256 / (16 * 8 * 16),
+        )
     gate, up = torch.randn(2, ROWS, width).to(BF16)
     yield Case("geglu", f"{ROWS} x {width}", 3 * _bytes(gate), lambda: ops.geglu(gate, up))
     weight = torch.randn(1024, hidden).to(BF16)
@@ -118,6 +135,7 @@ def row(case: Case, counters: dict[str, Any]) -> dict[str, Any]:
     kernels = counters.values()
     traffic = [k[which] for k in kernels for which in ("global_read", "global_write")]
     moved = 32 * sum(t["distinct"] for t in traffic)
+    products = sum(k["instructions"].get("mma_16x8x16", 0) for k in kernels)
     return {
         "operator": case.operator,
         "shape": case.what,
@@ -128,6 +146,7 @@ def row(case: Case, counters: dict[str, Any]) -> dict[str, Any]:
         "bytes a request": f"{sum(t['bytes'] for t in traffic) / sum(t['requests'] for t in traffic):.0f}",
         "bank conflicts": sum(b["conflicts"] for k in kernels for b in k["shared"].values()),
         "barriers a block": f"{sum(k['barriers'] / k['blocks'] for k in kernels):.0f}",
+        "products / least": f"{products / case.products:.2f}" if case.products else "",
     }
 
 
