@@ -160,6 +160,7 @@ PLANS = (
     ),
     Plan("linear_f32", threads=256, registers=80, warps=24, static_shared=18432),
     Plan("attention_any<*>", threads=256, registers=128, warps=8, dynamic_shared=70144),
+    Plan("attention copy", threads=256, registers=32, warps=64),
     replace(_piece, kernels="sample best<*>"),
     Plan("sample best_row", threads=64, registers=32, warps=64, static_shared=1280),
     replace(_piece, kernels="sample top_k<*>", static_shared=6400),

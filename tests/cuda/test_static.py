@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import subprocess
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,19 @@ def test_the_comment_at_the_top_says_what_is_planned(source, kernels_of):
     plans = [plan for kernel in kernels_of(source) if (plan := plan_of(kernel.name))]
     assert {*map(int, re.findall(r"(\d+) registers", top))} <= {plan.registers for plan in plans}
     assert {*map(int, re.findall(r"(\d+) resident warps", top))} <= {plan.warps for plan in plans}
+
+
+def test_attention_has_at_most_24_instantiations(kernels_of, architectures):
+    """They are most of what the device compiler works on."""
+    names = [
+        (kernel.arch, kernel.name)
+        for source in static.sources()
+        for kernel in kernels_of(source)
+        if re.match(r"attention_(any|decode|prefill)\b", kernel.name)
+    ]
+    counts = Counter(arch for arch, _ in names)
+    assert set(counts) == set(architectures)
+    assert max(counts.values()) <= 24, sorted(names)
 
 
 def test_inline_ptx_is_in_one_file():
