@@ -514,6 +514,16 @@ class HybridCache:
         """Take `longest` for the tokens in the longest row, from who knows it without waiting."""
         self._longest, self._uncounted = longest, False
 
+    def rewind(self, lengths: Tensor, longest: int) -> None:
+        """Take back tokens without looking: `crop` for whoever is sure that the margin allows it.
+
+        Args:
+            lengths: int64 [n], what the first n rows are to have.
+            longest: an upper bound of all rows' lengths.
+        """
+        self.lengths[: lengths.shape[0]].copy_(lengths)
+        self.settle(longest)
+
     def tensors(self) -> list[Tensor]:
         """Give the tensors that a forward call works on in place, which a captured graph is bound to.
 

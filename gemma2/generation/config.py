@@ -29,7 +29,6 @@ DEFAULT_NEW_TOKENS = 20
 # they do nothing. Anything else is an error when text is generated, never silently ignored.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
-    "assistant_model": (None,),
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "constraints": (None, []),
@@ -62,7 +61,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (None, 0.0),
     "position_ids": (None,),
     "prefix_allowed_tokens_fn": (None,),
-    "prompt_lookup_num_tokens": (None,),
     "renormalize_logits": (None, False),
     "return_dict_in_generate": (None, False),
     "sequence_bias": (None,),
@@ -145,6 +143,10 @@ class GenerationConfig:
         the prompt or the text so far (Keskar et al. 2019, arXiv 1909.05858); also when greedy.
     num_return_sequences: samples per prompt; they stand next to each other in the output.
     prefill_chunk_size: prompt tokens read at a time; None: 2048.
+    num_assistant_tokens: tokens that an assistant_model drafts at a time.
+    prompt_lookup_num_tokens: tokens drafted at a time by looking up in prompt and text how their
+        end went on when it occurred before; None: none are. The text stays the same.
+    max_matching_ngram_size: tokens of the end that are looked up, at most.
     bos_token_id, eos_token_id, pad_token_id: special tokens; several ends of text may be given as a
         list, an empty list generates on regardless.
     extra: keys of the file that have no meaning here; they are written back unchanged.
@@ -166,6 +168,9 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
     num_return_sequences: int = 1
     prefill_chunk_size: int | None = None
+    num_assistant_tokens: int = 5
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -175,7 +180,12 @@ class GenerationConfig:
         for item in dataclasses.fields(self):
             if getattr(self, item.name) is None and item.default is not dataclasses.MISSING:
                 setattr(self, item.name, item.default)
-        for name in ("max_new_tokens", "max_length", "prefill_chunk_size"):
+        for name in (
+            "max_new_tokens",
+            "max_length",
+            "prefill_chunk_size",
+            "prompt_lookup_num_tokens",
+        ):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, _integer(name, value, "an int of at least 1, or None", least=1))
@@ -195,9 +205,9 @@ class GenerationConfig:
         self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, penalty)
         if self.repetition_penalty <= 0:
             raise ValueError(_error("repetition_penalty", self.repetition_penalty, penalty))
-        self.num_return_sequences = _integer(
-            "num_return_sequences", self.num_return_sequences, "an int of at least 1", least=1
-        )
+        for name in ("num_return_sequences", "num_assistant_tokens", "max_matching_ngram_size"):
+            value = _integer(name, getattr(self, name), "an int of at least 1", least=1)
+            setattr(self, name, value)
         token = "a token id (an int of at least 0)"
         for name in ("bos_token_id", "pad_token_id"):
             value = getattr(self, name)

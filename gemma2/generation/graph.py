@@ -6,7 +6,7 @@ one takes on the device. A graph launches them all at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -130,15 +130,15 @@ def _is(a: Tensor, b: Tensor) -> bool:
 
 
 def wanted(
-    given: bool | None, model: nn.Module, device: torch.device, steps: int, room: int
+    given: bool | None, models: Sequence[nn.Module], device: torch.device, steps: int, room: bool
 ) -> bool:
-    """Tell whether a step of `model` is to be captured.
+    """Tell whether a step of `models` is to be captured.
 
     Args:
         given: what the user says; None: where it can be and pays.
         device: of the input.
         steps: how many there will be at most, after the first token.
-        room: tokens that the host can count before the cache would be full.
+        room: whether the cache has it for its longest row, in the batch or not, to take part.
 
     Raises:
         TypeError, ValueError: True, and it cannot be captured; or no bool.
@@ -147,8 +147,8 @@ def wanted(
         raise TypeError(f"generate: cuda_graph is {given!r}: it must be a bool, or None")
     if given is False or (given is None and steps < LEAST_STEPS):
         return False
-    obstacle = _obstacle(model, device)
-    if not obstacle and room < steps:
+    obstacle = next(filter(None, (_obstacle(model, device) for model in models)), "")
+    if not obstacle and not room:
         obstacle = (
             "a row of past_key_values that is not in the batch is so long that the host, which "
             "counts the longest row only, would see the cache as full"

@@ -7,6 +7,7 @@ they have been copied to it. A step launched after every row had ended changes n
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -14,14 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemma2.generation.assisted import AssistedStep
 from gemma2.generation.graph import GraphedStep
-from gemma2.generation.prepare import Run
+from gemma2.generation.run import Reading, Run
 from gemma2.generation.step import NO_TOKEN, Step
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
 
 __all__ = ["new_tokens", "steps_ahead"]
+
+logger = logging.getLogger(__name__)
 
 # Steps that the host launches before it looks at the first of them, by the device's type. Few, since
 # as many are launched in vain when the text ends; two would do if the host were never interrupted.
@@ -42,7 +46,7 @@ def new_tokens(
     Args:
         ahead: steps that are launched before the first of them is looked at.
     """
-    step = Step(model, run)
+    step = Step(model, run) if run.draft is None else AssistedStep(model, run)
     advance = GraphedStep(step) if run.graph else step
     mailbox = _Mailbox(step.report, ahead)
     transcript = _Transcript(run)
@@ -52,7 +56,7 @@ def new_tokens(
             while launched < run.new_tokens and len(mailbox) <= ahead:
                 with _inference(run):
                     if launched == 0:
-                        step.take(_read_prompt(model, run))
+                        step.begin(_read_prompt(run))
                         run.cache.settle(max(run.others, *run.lengths))
                     else:
                         advance()
@@ -61,7 +65,12 @@ def new_tokens(
             for tokens in transcript.take(mailbox.take()):
                 yield tokens.to(device)
         run.cache.settle(max(run.others, *transcript.cached()))
+        transcript.log()
     finally:
+        if ahead == 0 and (rest := transcript.not_given()):
+            with _inference(run):  # a reader has gone before the last tokens of a step
+                lengths = run.cache.lengths[: len(run.lengths)]
+                run.cache.rewind(lengths - rest, run.longest)
         if isinstance(advance, GraphedStep):
             advance.close()
 
@@ -104,6 +113,9 @@ class _Transcript:
         self._run = run
         self._rows: list[list[int]] = [[] for _ in run.lengths]
         self._given = 0
+        self._reports = (
+            0  # of a row with new tokens; of several ones, all but the last were drafted
+        )
 
     def take(self, report: list[list[int]]) -> Iterator[Tensor]:
         """Add a step's report, and give what has become whole: a token of every row, int64 [N].
@@ -115,8 +127,9 @@ class _Transcript:
             for number, fault in _FAULTS.items():
                 if number in new:
                     raise ValueError(f"generate: row {row}: the logits of the next token {fault}")
-        for tokens, (*new, _) in zip(self._rows, report, strict=True):
-            tokens.extend(token for token in new if token != NO_TOKEN)
+        for tokens, (first, *others, _) in zip(self._rows, report, strict=True):
+            self._reports += first != NO_TOKEN
+            tokens.extend(token for token in (first, *others) if token != NO_TOKEN)
         lengths = [len(tokens) for tokens in self._rows]
         going_on = [n for n, line in zip(lengths, report, strict=True) if not line[-1]]
         self.ended = not going_on
@@ -129,6 +142,19 @@ class _Transcript:
     def cached(self) -> list[int]:
         """Give how many tokens of each row the cache holds: all but the last one."""
         return [n + len(row) - 1 for n, row in zip(self._run.lengths, self._rows, strict=True)]
+
+    def not_given(self) -> int:
+        """Give how many tokens of a single row have been read but not been given yet."""
+        return len(self._rows[0]) - self._given if len(self._rows) == 1 else 0
+
+    def log(self) -> None:
+        """Say how well the drafts were."""
+        if self._run.draft is not None:
+            logger.debug(
+                "assisted: %d of %d drafted tokens accepted",
+                sum(map(len, self._rows)) - self._reports,
+                (self._reports - len(self._rows)) * self._run.draft.count,
+            )
 
 
 # What `ops.sample` gives where it cannot raise.
@@ -151,24 +177,31 @@ def _inference(run: Run) -> Iterator[None]:
             module.training = True
 
 
-def _read_prompt(model: GenerationMixin, run: Run) -> Tensor:
+def _read_prompt(run: Run) -> Tensor:
+    """Read the prompts, the drafting model too; give the logits [N, V] after the last tokens."""
+    if run.draft is not None and run.draft.reading is not None:
+        _read(run.draft.reading)
+    return _read(run.reading)
+
+
+def _read(reading: Reading) -> Tensor:
     """Read what is pending; give the logits [N, V] after each row's last token."""
-    name = "input_ids" if run.pending.dim() == 2 else "inputs_embeds"
-    columns = run.pending.shape[1]
-    for first in range(0, columns, run.chunk):
-        piece = slice(first, first + run.chunk)
+    name = "input_ids" if reading.pending.dim() == 2 else "inputs_embeds"
+    columns = reading.pending.shape[1]
+    for first in range(0, columns, reading.chunk):
+        piece = slice(first, first + reading.chunk)
         call = {
-            name: run.pending[:, piece],
-            "attention_mask": None if run.mask is None else run.mask[:, piece],
-            "past_key_values": run.cache,
+            name: reading.pending[:, piece],
+            "attention_mask": None if reading.mask is None else reading.mask[:, piece],
+            "past_key_values": reading.cache,
             "use_cache": True,
         }
-        if first + run.chunk < columns:
-            model.model(**call)  # nobody wants these logits
-    logits: Tensor = model(**call, logits_to_keep=1).logits[:, -1]
-    if run.repeats > 1:
+        if first + reading.chunk < columns:
+            reading.model.model(**call)  # nobody wants these logits
+    logits: Tensor = reading.model(**call, logits_to_keep=1).logits[:, -1]
+    if reading.repeats > 1:
         source = torch.arange(logits.shape[0], device=logits.device)
-        source = source.repeat_interleave(run.repeats)
-        run.cache.reorder(source)
+        source = source.repeat_interleave(reading.repeats)
+        reading.cache.reorder(source)
         logits = logits[source]
     return logits

@@ -2,8 +2,8 @@
 
 Before the loop, everything is checked and made ready: options, cache, seed (prepare.py). What the
 cache does not hold of the prompt yet is packed to the right, wherever its padding stood, and read in
-chunks of bounded memory. Each later step reads one token a row (step.py, loop.py), on a GPU as a
-captured graph (graph.py). A row that has ended is masked and no longer written to the cache.
+chunks of bounded memory. Each later step reads one token a row (step.py, loop.py), or several that
+have been drafted (assisted.py), on a GPU as a captured graph (graph.py).
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class GenerationMixin(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values: HybridCache | None = None,
         prefill_chunk_size: int | None = None,
+        assistant_model: GenerationMixin | None = None,
+        num_assistant_tokens: int | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        max_matching_ngram_size: int | None = None,
         seed: int | None = None,
         streamer: Streamer | None = None,
         cuda_graph: bool | None = None,
@@ -103,6 +107,10 @@ class GenerationMixin(nn.Module):
                 If it holds tokens, input_ids is the whole text so far, of which only the
                 rest is read. None: a cache of the size needed, gone afterwards.
             prefill_chunk_size: prompt tokens read at a time, 2048 if None. Bounds the memory.
+            assistant_model: a smaller model with the same vocabulary. It drafts
+                num_assistant_tokens at a time, which this model then checks in one call; the text
+                is the one that this model writes alone. How many were right is logged (DEBUG,
+                logger "gemma2.generation.loop").
             seed: makes sampling repeatable. None: drawn from torch's generator.
             streamer: gets the prompt, then each step's tokens; see `Streamer`.
             cuda_graph: capture the step that reads one token in a CUDA graph, which spares the host
@@ -134,6 +142,9 @@ class GenerationMixin(nn.Module):
             "eos_token_id": eos_token_id,
             "pad_token_id": pad_token_id,
             "prefill_chunk_size": prefill_chunk_size,
+            "num_assistant_tokens": num_assistant_tokens,
+            "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+            "max_matching_ngram_size": max_matching_ngram_size,
         }
         run = prepare(
             self,
@@ -144,6 +155,7 @@ class GenerationMixin(nn.Module):
             past_key_values=past_key_values,
             seed=seed,
             generation_config=generation_config,
+            assistant_model=assistant_model,
             cuda_graph=cuda_graph,
         )
         ahead = steps_ahead(run.prompt.device, streaming=streamer is not None)
@@ -174,6 +186,11 @@ class GenerationMixin(nn.Module):
         others = {name: options.pop(name, None) for name in _OTHERS}
         refuse_unknown(options, (*_NAMED, *_OTHERS))
         run = prepare(self, named, input_ids=input_ids, **others)
+        if run.draft is not None and len(run.lengths) > 1:
+            raise ValueError(
+                f"stream: {len(run.lengths)} rows and drafted tokens: rows accept different numbers "
+                "of them, so a cache could not be left at the last token given; use generate()"
+            )
         return new_tokens(self, run, 0, run.prompt.device)
 
 

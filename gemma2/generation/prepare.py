@@ -8,11 +8,10 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma2.cache import HybridCache
 from gemma2.generation import graph
@@ -22,49 +21,24 @@ from gemma2.generation.config import (
     GenerationConfig,
     refuse_unsupported,
 )
+from gemma2.generation.run import Draft, Reading, Run
 from gemma2.generation.sampling import Sampler
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
 
-__all__ = ["SPECIAL", "Run", "prepare", "refuse_unknown"]
+__all__ = ["SPECIAL", "prepare", "refuse_unknown"]
 
 # Tokens read at a time from a prompt: enough to run at full speed, 0.2 GB of activations in a 2B.
 PREFILL_CHUNK = 2048
+
+# Of a cache that is made here, the default of `HybridCache`.
+MARGIN = 64
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
-
-
-@dataclass
-class Run:
-    """One call of generate, checked and ready to go.
-
-    prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
-    pending: int64 [B, P], or [B, P, hidden_size], what the cache does not hold yet, padded at the
-        left; `repeats` copies of each row are made after it has been read: N = B repeats.
-    mask: bool [B, P], True = token; None: all are.
-    lengths: of the prompts, one for each of the N rows.
-    others: tokens in the longest of the cache's rows that are not in the batch.
-    graph: whether the step is captured and replayed.
-    """
-
-    prompt: Tensor
-    pending: Tensor
-    mask: Tensor | None
-    repeats: int
-    chunk: int
-    new_tokens: int
-    lengths: list[int]
-    others: int
-    cache: HybridCache
-    sampler: Sampler
-    eos: Tensor | None
-    pad: int
-    graph: bool
-    training: list[nn.Module]
 
 
 def prepare(
@@ -77,6 +51,7 @@ def prepare(
     past_key_values: HybridCache | None,
     seed: int | None,
     generation_config: GenerationConfig | None,
+    assistant_model: GenerationMixin | None,
     cuda_graph: bool | None,
 ) -> Run:
     """Check everything and give what the loop needs. Changes nothing but a growing cache.
@@ -102,13 +77,13 @@ def prepare(
     mask = _padding_mask(content, attention_mask, options)
     batch, columns = content.shape[:2]
     repeats = options.num_return_sequences
+    rows = batch * repeats
     if content.dim() == 2:
         _check_vocabulary(content, mask, model.config.vocab_size)
         prompt = content.repeat_interleave(repeats, dim=0)
     else:
-        prompt = content.new_empty((batch * repeats, 0), dtype=torch.int64)
+        prompt = content.new_empty((rows, 0), dtype=torch.int64)
     new_tokens = _new_tokens(options, prompt.shape[1])
-
     lengths = torch.full((batch,), columns, device=device) if mask is None else mask.sum(1)
     counts = lengths.tolist()
     if 0 in counts:
@@ -116,48 +91,49 @@ def prepare(
             f"generate: row {counts.index(0)} has no token, only padding: there is nothing to go "
             "on from"
         )
-    rows = batch * repeats
+    drafted = _check_drafting(model, assistant_model, options, content, device)
+    ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
     cached = _check_cache(model, past_key_values, rows, lengths, device)
-    longest = max(counts)
-    need = longest + new_tokens - 1  # the last token is not read
+    need = max(counts) + new_tokens - 1  # the last token is not read
     cache, others = past_key_values, 0
     if cache is None:
-        cache = HybridCache(model.config, rows, need)  # keys live where their layers do
-        cache.place(device)
+        cache = _new_cache(model, rows, need + ahead, device, ahead)
     else:
         others = max(cache.lengths[rows:].tolist(), default=0)
-        if need > cache.max_cache_len and not cache.growable:
-            raise ValueError(
-                f"generate: past_key_values has max_cache_len {cache.max_cache_len}, but "
-                f"{longest} tokens and {new_tokens} new ones need {need}: make it larger, call "
-                f"grow({need}), or lower max_new_tokens"
-            )
-    room = max(need, cache.max_cache_len) - max(longest, others)
-    captured = graph.wanted(cuda_graph, model, device, new_tokens - 1, room)
+        _make_room(cache, max(counts), new_tokens, ahead)
+    longest = max(max(counts), others) + new_tokens - 1
+    models = [model] if assistant_model is None else [model, assistant_model]
+    room = longest + ahead <= cache.max_cache_len
+    captured = graph.wanted(cuda_graph, models, device, new_tokens - 1, room)
+
     text = None
-    if options.repetition_penalty != 1.0:
-        text = _text(content, mask, longest + new_tokens).repeat_interleave(repeats, dim=0)
-    read = lengths if content.dim() == 2 else torch.zeros_like(lengths)
-    sampler = Sampler(options, seed, text, read.repeat_interleave(repeats))
-    if need > cache.max_cache_len:
-        cache.grow(need)
-    pending, pending_mask = _pack(content, mask, lengths, cached)
+    if options.repetition_penalty != 1.0 or drafted:
+        text = _text(content, mask, need + 1 + ahead).repeat_interleave(repeats, dim=0)
+    known = lengths if content.dim() == 2 else torch.zeros_like(lengths)
+    sampler = Sampler(options, seed, text, known.repeat_interleave(repeats))
+    chunk = options.prefill_chunk_size or PREFILL_CHUNK
+    draft = None
+    if drafted:
+        reading = None
+        if assistant_model is not None:
+            own = _new_cache(assistant_model, rows, need + ahead, device, ahead)
+            packed = _pack(content, mask, lengths, torch.zeros_like(lengths))
+            reading = Reading(assistant_model, own, *packed, repeats, chunk)
+        draft = Draft(drafted, reading, options.max_matching_ngram_size)
     ends = options.eos_token_ids
     return Run(
         prompt=prompt,
-        pending=pending,
-        mask=pending_mask,
-        repeats=repeats,
-        chunk=options.prefill_chunk_size or PREFILL_CHUNK,
+        reading=Reading(model, cache, *_pack(content, mask, lengths, cached), repeats, chunk),
         new_tokens=new_tokens,
         lengths=[count for count in counts for _ in range(repeats)],
         others=others,
-        cache=cache,
+        longest=longest,
         sampler=sampler,
         eos=torch.tensor(ends, device=device) if ends else None,
         pad=options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0],
         graph=captured,
-        training=[module for module in model.modules() if module.training],
+        draft=draft,
+        training=[module for m in models for module in m.modules() if module.training],
     )
 
 
@@ -287,6 +263,79 @@ def refuse_unknown(options: dict[str, Any], known: Collection[str]) -> None:
             hint = f": did you mean {close[0]}?" if close else ""
             raise TypeError(f"generate: unknown option {name!r}{hint}")
     refuse_unsupported(options, "in the call")
+
+
+def _check_drafting(
+    model: GenerationMixin,
+    assistant: GenerationMixin | None,
+    options: GenerationConfig,
+    content: Tensor,
+    device: torch.device,
+) -> int:
+    """Give how many tokens are drafted a step; 0: the model writes without assistance."""
+    if assistant is None and options.prompt_lookup_num_tokens is None:
+        return 0
+    if assistant is not None and options.prompt_lookup_num_tokens is not None:
+        raise ValueError(
+            "generate: assistant_model and prompt_lookup_num_tokens are both given: tokens are "
+            "drafted by one of them"
+        )
+    if content.dim() != 2:
+        raise ValueError(
+            "generate: inputs_embeds is given: tokens are drafted from input_ids; leave out "
+            "assistant_model and prompt_lookup_num_tokens"
+        )
+    if assistant is None:
+        return options.prompt_lookup_num_tokens or 0
+    from gemma2.generation.mixin import GenerationMixin  # which imports this
+
+    if not isinstance(assistant, GenerationMixin):
+        raise TypeError(
+            f"generate: assistant_model is a {type(assistant).__name__}: it must be a "
+            "Gemma2ForCausalLM"
+        )
+    ours, theirs = model.config.vocab_size, assistant.config.vocab_size
+    if ours != theirs:
+        raise ValueError(
+            f"generate: assistant_model has a vocabulary of {theirs} tokens, the model of {ours}: "
+            "they must have the same"
+        )
+    home = next(assistant.parameters()).device
+    if home != device:
+        raise ValueError(f"generate: assistant_model is on {home}, the model on {device}: move one")
+    return options.num_assistant_tokens
+
+
+def _new_cache(
+    model: GenerationMixin, rows: int, columns: int, device: torch.device, ahead: int
+) -> HybridCache:
+    """Give an empty cache from which `ahead` tokens can be taken back."""
+    cache = HybridCache(model.config, rows, columns, margin=max(MARGIN, ahead))
+    cache.place(device)  # keys live where their layers do
+    return cache
+
+
+def _make_room(cache: HybridCache, longest: int, new_tokens: int, ahead: int) -> None:
+    """Grow the cache for a text and `ahead` tokens that may be taken back, if it is too small.
+
+    Raises:
+        ValueError: it cannot grow, or its margin is too small.
+    """
+    need = longest + new_tokens - 1 + ahead
+    if need > cache.max_cache_len:
+        drafts = f" (of which {ahead} for drafted tokens)" if ahead else ""
+        if not cache.growable:
+            raise ValueError(
+                f"generate: past_key_values has max_cache_len {cache.max_cache_len}, but "
+                f"{longest} tokens and {new_tokens} new ones need {need}{drafts}: make it larger, "
+                f"call grow({need}), or lower max_new_tokens"
+            )
+        cache.grow(need)
+    if any(layer.wraps and layer.margin < ahead for layer in cache.layers):
+        raise ValueError(
+            f"generate: past_key_values has a margin of {cache.margin} tokens that can be taken "
+            f"back, drafts need {ahead}: make it with margin={ahead}, or draft fewer tokens"
+        )
 
 
 def _check_ids(ids: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma2.generation.prepare import Run
+from gemma2.generation.run import Run
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
@@ -27,6 +27,9 @@ class Step:
     """Reads one token a row and chooses the next one.
 
     Attributes:
+        tokens: int64 [N], the last token of each row.
+        count: int64 [N], how many new tokens each row has.
+        finished: bool [N], rows that have ended.
         report: int64 [N, n + 1]: up to n new tokens of each row, and whether it has ended.
     """
 
@@ -38,34 +41,52 @@ class Step:
         self.finished = torch.zeros_like(self.tokens, dtype=torch.bool)
         self.report = torch.zeros((rows, width + 1), dtype=torch.int64, device=device)
 
-    def take(self, logits: Tensor) -> None:
-        """Choose the next token of each row from its logits [N, V]."""
-        run = self.run
-        drawn = run.sampler.draw(logits, self.count)
-        fault = (drawn < 0) & ~self.finished
-        self.report.fill_(NO_TOKEN)
-        self.report[:, 0].copy_(drawn.masked_fill(self.finished, NO_TOKEN))
-        # a number that is no token would stop the embedding's kernel
-        tokens = drawn.clamp(min=0).masked_fill(self.finished, run.pad)
-        run.sampler.note(tokens[:, None], self.count)
-        self.tokens.copy_(tokens)
-        self.count += ~self.finished
-        # after a fault the text goes no further in any row, until the host has seen it
-        self.finished |= (self.count >= run.new_tokens) | fault.any()
-        if run.eos is not None:
-            self.finished |= (tokens[:, None] == run.eos).any(dim=1)
-        self.report[:, -1].copy_(self.finished)
+    def begin(self, logits: Tensor) -> None:
+        """Choose the first token of each row from the logits [N, V] after its prompt."""
+        drawn = self.run.sampler.draw(logits, self.count)
+        self.keep(drawn[:, None], (~self.finished)[:, None])
 
     def __call__(self) -> None:
         """Read the last token of each row, except where it has ended, and choose the next one."""
+        going_on = (~self.finished)[:, None]
         logits = self.model(
             input_ids=self.tokens[:, None],
-            attention_mask=(~self.finished)[:, None],
+            attention_mask=going_on,
             past_key_values=self.run.cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        self.take(logits[:, -1])
+        drawn = self.run.sampler.draw(logits[:, -1], self.count)
+        self.keep(drawn[:, None], going_on)
+
+    def keep(self, drawn: Tensor, kept: Tensor) -> Tensor:
+        """Append the tokens `drawn` [N, n] to each row where `kept` [N, n]; give how many, [N].
+
+        Kept are the first tokens of a row, and fewer of them where the text ends.
+        """
+        run, width = self.run, drawn.shape[1]
+        ends = torch.zeros_like(kept)
+        if run.eos is not None:
+            ends = (drawn[..., None] == run.eos).any(dim=-1)
+        if width > 1:
+            before = ends.cumsum(dim=1) - ends.to(torch.int64)
+            place = self.count[:, None] + torch.arange(width, device=drawn.device)
+            kept = kept & (before == 0) & (place < run.new_tokens)
+        self.report.fill_(NO_TOKEN)
+        self.report[:, :width].copy_(drawn.masked_fill(~kept, NO_TOKEN))
+        fault = kept & (drawn < 0)
+        # a number that is no token would stop the embedding's kernel
+        tokens = drawn.clamp(min=0)
+        run.sampler.note(tokens.masked_fill(~kept, -1), self.count)
+        new = kept.sum(dim=1)
+        last = tokens.gather(1, (new - 1).clamp(min=0)[:, None])[:, 0]
+        self.tokens.copy_(torch.where(new > 0, last, self.tokens))
+        self.count += new
+        # after a fault the text goes no further in any row, until the host has seen it
+        self.finished |= (self.count >= run.new_tokens) | fault.any()
+        self.finished |= (ends & kept).any(dim=1)
+        self.report[:, -1].copy_(self.finished)
+        return new
 
     def replayed(self) -> None:
         """Do on the host what a call does there beside the device's work."""

@@ -718,7 +718,7 @@ BAD = [
         ValueError,
         "num_beams is 4 (in the call): this option is not supported yet",
     ),
-    ({"assistant_model": object()}, ValueError, "assistant_model is a object"),
+    ({"assistant_model": object()}, TypeError, "assistant_model is a object: it must be a Gemma2"),
     ({"logits_processor": [print]}, ValueError, "logits_processor is a list"),
     ({"use_cache": False}, ValueError, "use_cache is False"),
     ({"temprature": 1.0}, TypeError, "unknown option 'temprature': did you mean temperature?"),

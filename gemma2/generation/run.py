@@ -1,0 +1,78 @@
+"""What `prepare` makes of a call of `generate`, and the loop runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from gemma2.cache import HybridCache
+from gemma2.generation.sampling import Sampler
+
+if TYPE_CHECKING:
+    from gemma2.generation.mixin import GenerationMixin
+
+__all__ = ["Draft", "Reading", "Run"]
+
+
+@dataclass
+class Reading:
+    """What the cache of a model does not hold of the prompts yet.
+
+    pending: int64 [B, P], or [B, P, hidden_size], padded at the left; `repeats` copies of each row
+        are made after it has been read: N = B repeats.
+    mask: bool [B, P], True = token; None: all are.
+    chunk: columns read at a time.
+    """
+
+    model: GenerationMixin
+    cache: HybridCache
+    pending: Tensor
+    mask: Tensor | None
+    repeats: int
+    chunk: int
+
+
+@dataclass
+class Draft:
+    """How tokens are drafted: `count` of them a step, by a model or by looking them up in the text.
+
+    reading: of the model that drafts; None: tokens are looked up.
+    ngram: tokens at the text's end that are looked up, at most.
+    """
+
+    count: int
+    reading: Reading | None
+    ngram: int
+
+
+@dataclass
+class Run:
+    """One call of generate, checked and ready to go.
+
+    prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
+    lengths: tokens of the prompts, one for each of the N rows.
+    others: tokens in the longest of the cache's rows that are not in the batch.
+    longest: tokens that the longest row of the cache can come to have.
+    graph: whether the step is captured and replayed.
+    draft: None: the model writes without assistance.
+    """
+
+    prompt: Tensor
+    reading: Reading
+    new_tokens: int
+    lengths: list[int]
+    others: int
+    longest: int
+    sampler: Sampler
+    eos: Tensor | None
+    pad: int
+    graph: bool
+    draft: Draft | None
+    training: list[nn.Module]
+
+    @property
+    def cache(self) -> HybridCache:
+        """The cache of the model that writes."""
+        return self.reading.cache
