@@ -21,7 +21,9 @@ def emulator() -> Iterator[Emulator]:
 
 @pytest.fixture(scope="module")
 def emulated(emulator: Emulator) -> Iterator[Emulator]:
-    """In this module operators on CPU tensors are the emulated CUDA kernels."""
+    """In this module operators on CPU tensors are the emulated CUDA kernels, `linear`, too."""
     emulator.install(operators_library())
+    emulator.library.gemma2_emulate_linear(True)
     yield emulator
+    emulator.library.gemma2_emulate_linear(False)
     emulator.uninstall(operators_library())

@@ -13,16 +13,11 @@ from gemma2 import ops, reference, tiny
 from tests.cuda.emulation import Landing, Order
 from tests.ops.tolerance import assert_close_to_float64
 
+pytestmark = pytest.mark.usefixtures("emulated")
+
 BF16, F16 = torch.bfloat16, torch.float16
 FEW, TILE, F32 = "linear few", "linear tile", "linear f32"
 kernel = torch.ops.gemma2.linear
-
-
-@pytest.fixture(scope="module", autouse=True)
-def products(emulated):
-    emulated.library.gemma2_emulate_linear(True)
-    yield
-    emulated.library.gemma2_emulate_linear(False)
 
 
 @pytest.fixture
