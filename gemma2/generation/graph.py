@@ -6,6 +6,8 @@ one takes on the device. A graph launches them all at once.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +23,16 @@ __all__ = ["GraphedStep", "wanted"]
 LEAST_STEPS = 8
 
 
+# One at a time, since all captures on a device share a stream.
+_capturing = threading.Lock()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Give the stream for captures: the default one cannot be, and cuBLAS keeps memory for each."""
+    return torch.cuda.Stream(device)
+
+
 class CudaCapture:
     """A function on fixed tensors, captured by CUDA and replayed without Python."""
 
@@ -28,16 +40,17 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # the default stream cannot be captured
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._launched = torch.cuda.Event()
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """Call the function where it will be captured: libraries set themselves up on a stream."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            function()
-        current.wait_stream(self._stream)
+        with _capturing:
+            current, stream = torch.cuda.current_stream(self._device), _capture_stream(self._device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                function()
+            current.wait_stream(stream)
 
     def capture(self, function: Callable[[], None]) -> None:
         """Record what the function does; on the device it does nothing yet."""
@@ -45,8 +58,7 @@ class CudaCapture:
         # Not torch.cuda.graph, which empties the allocator's caches and waits for the device. The
         # memory of a capture comes from a pool of its own either way.
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with _capturing, torch.cuda.stream(_capture_stream(self._device)):
             # other threads, which may load data meanwhile, are not looked at
             graph.capture_begin(capture_error_mode="thread_local")
             try:
@@ -59,11 +71,12 @@ class CudaCapture:
         """Launch what has been captured on the current stream."""
         assert self._graph is not None
         self._graph.replay()
+        self._launched.record(torch.cuda.current_stream(self._device))
 
     def reset(self) -> None:
         """Give the graph's memory back, after the launches under way have ended."""
         if self._graph is not None:
-            torch.cuda.current_stream(self._device).synchronize()
+            self._launched.synchronize()
             self._graph.reset()
             self._graph = None
 

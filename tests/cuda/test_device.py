@@ -220,6 +220,17 @@ def test_generation_writes_the_tokens_of_the_cpu_with_and_without_a_graph(story,
     assert torch.stack(steps, 1).tolist() == [row[prompt:] for row in expected]
 
 
+@pytest.mark.parametrize("options", GENERATED.values(), ids=GENERATED)
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_assisted_decoding_writes_the_tokens_of_the_cpu(story, cuda_graph, options):
+    model, batch = story("cpu")
+    expected = model.generate(**batch, **options).tolist()
+    model, batch = story(GPU)
+    for help in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        tokens = model.generate(**batch, **options, **help, cuda_graph=cuda_graph)
+        assert tokens.tolist() == expected
+
+
 def test_a_captured_step_keeps_no_memory_and_can_be_captured_again(story):
     model, batch = story(GPU)
     held = []

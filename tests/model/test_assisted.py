@@ -147,7 +147,7 @@ def test_the_shortest_texts(model, almost, new, length):
 
 
 def test_more_drafts_than_the_usual_margin(model):
-    help = {"assistant_model": copy.deepcopy(model), "num_assistant_tokens": 130}
+    help = {"prompt_lookup_num_tokens": 130}
     ids = tokens(1, 140)
     wanted = model.generate(ids, max_new_tokens=250, **NEVER)
     assert torch.equal(model.generate(ids, max_new_tokens=250, **NEVER, **help), wanted)
@@ -285,9 +285,11 @@ def test_bad_options_are_named(model, almost):
 
 def test_an_assistant_in_training_mode_drafts_without_dropout(model):
     assistant = copy.deepcopy(model).train()
-    options = {"assistant_model": assistant, "num_assistant_tokens": 4, "max_new_tokens": 21}
-    _, read = calls_of(model, input_ids=tokens(1, 6), **options, **NEVER)
-    assert read == [6, 5, 5, 5, 5]
+    modes = []
+    assistant.model.norm.register_forward_hook(lambda module, *_: modes.append(module.training))
+    model.generate(tokens(1, 6), assistant_model=assistant, max_new_tokens=9, **NEVER)
+    assert modes
+    assert not any(modes)
     assert all(module.training for module in assistant.modules())
 
 

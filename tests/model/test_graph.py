@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 
 from gemma2 import HybridCache
+from gemma2.generation import graph as graph_module
 from tests.model.factories import build, config, lively, padded, tokens
 from tests.model.recorded_graph import as_on_a_device
 
@@ -351,3 +355,63 @@ def test_a_capture_that_fails_says_what_to_do(model, monkeypatch):
             model.generate(tokens(1, 6), max_new_tokens=12, cuda_graph=True, **NEVER)
         model.generate(tokens(1, 6), max_new_tokens=12, cuda_graph=False, **NEVER)
     assert len(graphs) == 1
+
+
+# ---- CUDA's own, as far as it goes without a GPU -------------------------------------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda with streams, events and graphs that only note what is done with them, in order."""
+    done = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: done.side)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: done.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: done.current)
+    graph = mock.create_autospec(torch.cuda.CUDAGraph, instance=True)
+    done.attach_mock(graph, "graph")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+
+    @contextlib.contextmanager
+    def stream(wanted):
+        done.enter(wanted)
+        yield
+        done.leave()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    graph_module._capture_stream.cache_clear()
+    yield done
+    graph_module._capture_stream.cache_clear()
+
+
+def test_cuda_warms_up_and_captures_on_a_stream_of_its_own(cuda):
+    capture = graph_module.CudaCapture(torch.device("cuda"))
+    capture.warm_up(cuda.function)
+    capture.capture(cuda.function)
+    capture.replay()
+    capture.reset()
+    capture.reset()
+    side, current, call = cuda.side, cuda.current, mock.call
+    assert cuda.mock_calls == [
+        call.side.wait_stream(current),
+        call.enter(side),
+        call.function(),
+        call.leave(),
+        call.current.wait_stream(side),
+        call.enter(side),
+        call.graph.capture_begin(capture_error_mode="thread_local"),
+        call.function(),
+        call.graph.capture_end(),
+        call.leave(),
+        call.graph.replay(),
+        call.event.record(current),
+        call.event.synchronize(),  # a graph may not go while it runs
+        call.graph.reset(),
+    ]
+
+
+def test_a_capture_is_ended_when_the_step_fails(cuda):
+    capture = graph_module.CudaCapture(torch.device("cuda"))
+    with contextlib.suppress(KeyboardInterrupt):
+        capture.capture(mock.Mock(side_effect=KeyboardInterrupt))
+    assert cuda.graph.capture_end.called
+    capture.capture(cuda.function)
