@@ -113,9 +113,8 @@ class _Transcript:
         self._run = run
         self._rows: list[list[int]] = [[] for _ in run.lengths]
         self._given = 0
-        self._reports = (
-            0  # of a row with new tokens; of several ones, all but the last were drafted
-        )
+        # of a row with new tokens, of which all but the last one were drafted
+        self._reports = 0
 
     def take(self, report: list[list[int]]) -> Iterator[Tensor]:
         """Add a step's report, and give what has become whole: a token of every row, int64 [N].
