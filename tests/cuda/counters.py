@@ -83,17 +83,17 @@ def cases() -> Iterator[Case]:
     )
     # Decode of one token and of ROWS drafts, and a prompt, laid out as a model has them.
     for queries, keys in ((1, 1000), (ROWS, 1000), (200, 200)):
-        q, k, v = (
+        qkv = [
             torch.randn(1, n, heads, 256).to(BF16).transpose(1, 2)
             for n, heads in ((queries, 8), (keys, 4), (keys, 4))
-        )
+        ]
         at = torch.tensor([keys - queries]), torch.tensor([keys])
         pairs = 8 * sum(range(keys - queries + 1, keys + 1))
         yield Case(
             "attention",
             f"{queries} x 8 x 256, {keys} x 4 keys",
-            2 * _bytes(q) + _bytes(k, v, *at) + 4 * 8 * queries,
-            lambda q=q, k=k, v=v, at=at: ops.attention(q, k, v, *at, scale=1 / 16, softcap=50.0),
+            _bytes(qkv[0], *qkv, *at) + 4 * 8 * queries,
+            lambda qkv=qkv, at=at: ops.attention(*qkv, *at, scale=1 / 16, softcap=50.0),
             products=2 * pairs * 256 / (16 * 8 * 16),
         )
     gate, up = torch.randn(2, ROWS, width).to(BF16)
