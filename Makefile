@@ -73,15 +73,16 @@ format:  ## Rewrite the files as `make lint` wants them
 emulator: $(VENV)/.test-requirements  ## Build the CUDA kernels as host code, with the emulator that checks them
 	$(BIN)/python -m tests.cuda.emulation
 
-# Without K: the tests of the emulator itself, the operators' contract tests and the users' cases on
-# emulated CUDA kernels, and the table of their counters.
+# Without K: the tests of the emulator itself (`make cubins` and `make mutations` have others of
+# tests/cuda), the operators' contract tests and the users' cases on emulated CUDA kernels, and the table
+# of their counters.
 EMULATED := embed rms_norm rope cache_write geglu softcap sample attention linear
 # Too long on the emulator: what float32 (dtype0) takes, which no tensor core serves (with K=attention it
 # runs), and 8000 tokens.
 TOO_LONG := not ((deterministic_bits or small_and or decode_matches) and dtype0) and not 8k_of_context
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 emulate: emulator dev  ## CUDA kernels on the emulator; K=rms_norm for one operator's tests and counters
-	$(if $(K),,$(PYTEST) tests/cuda --ignore tests/cuda/test_static.py --ignore tests/cuda/test_gpu_day.py)
+	$(if $(K),,$(PYTEST) tests/cuda $(foreach part,static gpu_day mutations mutations_attention,--ignore tests/cuda/test_$(part).py))
 	$(PYTEST) -p tests.cuda.backend $(foreach op,$(or $(K),$(EMULATED)),tests/ops/test_$(op).py) \
 		$(if $(K),,tests/test_users.py -k "$(TOO_LONG)")
 	$(BIN)/python -m tests.cuda.counters $(K)
