@@ -262,9 +262,31 @@ def greedy_takes_the_second_best() -> None:
     """generate() chooses the wrong token."""
     from gemma2.generation import sampling
 
-    sampling.Sampler.__call__ = (  # type: ignore[method-assign]
-        lambda self, logits: logits.topk(2, dim=-1).indices[:, 1]
+    sampling.Sampler.draw = (  # type: ignore[method-assign]
+        lambda self, logits, step: logits.topk(2, dim=-1).indices[:, 1]
     )
+
+
+@fault
+def drafts_unchecked() -> None:
+    """Drafted tokens are taken for right, whatever the model draws."""
+    import torch
+
+    from gemma2.generation.assisted import AssistedStep
+
+    original = AssistedStep._check
+    AssistedStep._check = lambda self, drafts: (  # type: ignore[method-assign]
+        torch.cat([drafts, original(self, drafts)[0][:, -1:]], dim=1),
+        torch.ones(drafts.shape[0], drafts.shape[1] + 1, dtype=torch.bool, device=drafts.device),
+    )
+
+
+@fault
+def replays_uncounted() -> None:
+    """The host does not count the tokens of replayed steps."""
+    from gemma2.generation.step import Step
+
+    Step.replayed = lambda self: None  # type: ignore[method-assign]
 
 
 def _activate() -> None:

@@ -110,6 +110,13 @@ PYTHON: dict[str, list[str]] = {
     "greedy_takes_the_second_best": [
         "tests/model/test_generation.py::test_greedy_equals_a_loop_without_a_cache_when_the_ring_wraps",
     ],
+    "drafts_unchecked": [
+        "tests/model/test_assisted.py::test_samples_of_one_prompt",
+        "tests/model/test_assisted.py::test_an_assistant_in_training_mode_drafts_without_dropout",
+    ],
+    "replays_uncounted": [
+        "tests/model/test_graph.py::test_the_host_counts_replays",
+    ],
 }
 
 CUDA = ["tests/cuda/test_mutations.py", "tests/cuda/test_mutations_attention.py"]
