@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
 
-from gemma2 import tiny
+from gemma2 import HybridCache, tiny
 from tests.cuda.emulation import operators_library
 from tests.model import factories
 from tests.model.recorded_graph import as_on_a_device
@@ -22,11 +23,13 @@ COMMON = {"embed", "rms_norm", "add_rms_norm", "rope_cache", "geglu", "softcap",
 
 
 @contextlib.contextmanager
-def installed(emulator):
+def installed(emulator, linear=False):
     emulator.install(operators_library())
+    emulator.library.gemma2_emulate_linear(linear)
     try:
         yield
     finally:
+        emulator.library.gemma2_emulate_linear(False)
         emulator.uninstall(operators_library())
 
 
@@ -69,3 +72,26 @@ def test_a_captured_step_writes_the_tokens_of_the_cpu(emulator, options, help):
     assert tokens.tolist() == expected.tolist()
     assert [graph.captures for graph in graphs] == [1]
     assert graphs[0].replays == 10 or drafts
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@torch.inference_mode()
+def test_deterministic_bits_of_a_row_do_not_depend_on_its_batch_or_chunks(emulator, deterministic):
+    model = copy.deepcopy(factories.lively("three")).to(torch.bfloat16)
+    rows = [factories.tokens(1, n, seed=n)[0] for n in (37, 3)]
+    ids, mask = factories.padded(rows, "left")
+    cache = HybridCache(model.config, 1, 37)
+    with installed(emulator, linear=True), emulator.counting() as counters:
+        alone = model(rows[0][None]).logits
+        together = model(ids, attention_mask=mask).logits
+        pieces = rows[0][None].split([20, 1, 16], dim=1)
+        read = [model(piece, past_key_values=cache).logits for piece in pieces]
+    assert torch.equal(together[:1], alone)
+    assert torch.equal(torch.cat(read, dim=1), alone)
+    assert set(counters) >= {"linear few", "linear tile", "attention_prefill"}, sorted(counters)

@@ -275,9 +275,13 @@ def drafts_unchecked() -> None:
     from gemma2.generation.assisted import AssistedStep
 
     original = AssistedStep._check
-    AssistedStep._check = lambda self, drafts: (  # type: ignore[method-assign]
-        torch.cat([drafts, original(self, drafts)[0][:, -1:]], dim=1),
-        torch.ones(drafts.shape[0], drafts.shape[1] + 1, dtype=torch.bool, device=drafts.device),
+    AssistedStep._check = (
+        lambda self, drafts: (  # type: ignore[method-assign]
+            torch.cat([drafts, original(self, drafts)[0][:, -1:]], dim=1),
+            torch.ones(
+                drafts.shape[0], drafts.shape[1] + 1, dtype=torch.bool, device=drafts.device
+            ),
+        )
     )
 
 
