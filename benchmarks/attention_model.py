@@ -246,13 +246,60 @@ def makespan(works: Sequence[float], sms: int, slots: int, slowdown: Sequence[fl
     return now
 
 
+# Of deterministic attention: its sums are closed every so many keys, and what is closed goes to the
+# second-level cache and back, so many bytes a clock and SM: half of what moves there at most, assumed.
+SUM_KEYS = 512
+SUM_BYTES = 32
+
+
+def sums_side_by_side(blocks: int, rows: int, keys: int, resident: int) -> int:
+    """As csrc/common/attention_plan.h has it."""
+    sums = (keys + SUM_KEYS - 2) // SUM_KEYS + 1 if keys > 1 else 1
+    in_turn = -(-blocks // resident) * (-(-keys // 64) + 2)
+    apart = -(-blocks * sums // resident) * (SUM_KEYS // 64 + 2 + rows // 16) + 2
+    return sums if sums > 1 and apart < in_turn else 1
+
+
+def parts_of(a: Attention, tile: Tile, device: Device) -> int:
+    """In how many blocks the keys of one are summed: attention_prefill.cu."""
+    if not a.deterministic:
+        return 1
+    queries = min(a.queries, -(-(tile.rows - 1) // a.group) + 1)
+    keys = min(a.keys, a.window + queries - 1) if a.window else a.keys
+    blocks = ceil(a.rows / tile.rows) * a.kv_heads * a.batch
+    resident = tile.resident(device) * device.sms
+    return sums_side_by_side(blocks, min(a.rows, tile.rows), keys, resident)
+
+
+def side_by_side(
+    blocks: Iterator[tuple[int, list[list[int]]]],
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Blocks cut each SUM_KEYS: where the first one begins is not told apart."""
+    each = SUM_KEYS // 64
+    for full, partial in blocks:
+        yield from [(each, [])] * (full // each)
+        rest = full % each
+        yield rest, partial[: each - rest]
+        for first in range(each - rest, len(partial), each):
+            yield 0, partial[first : first + each]
+
+
 def prefill(a: Attention, device: Device, assumed: Assumed) -> Result:
     tile = tile_of(a.dim)
     slots = tile.resident(device)
+    parts_a_block = parts_of(a, tile, device)
     busy: dict[str, float] = {}
     works = []
-    for full, partial in blocks_of(a):
+    blocks = side_by_side(blocks_of(a)) if parts_a_block > 1 else blocks_of(a)
+    for full, partial in blocks:
         work = 2500 + assumed.trips * device.trip  # what it sees, the first tile's way, the result
+        if parts_a_block > 1:
+            closed = min(a.rows, tile.rows) * (4 * a.dim + 16)
+        else:  # a total is written and read, with the sums of a row in each of its four threads
+            closed = 2 * ceil((full + len(partial)) * 64 / SUM_KEYS) * tile.rows * (4 * a.dim + 64)
+        if a.deterministic:
+            work += closed / SUM_BYTES
+            busy["sums"] = busy.get("sums", 0.0) + closed / SUM_BYTES
         # The block waits for its slowest warp.
         for times, keys in ((full, 64), *((1, 16 * max(steps)) for steps in partial if max(steps))):
             clocks = tile.clocks(device, assumed, keys)
@@ -270,7 +317,14 @@ def prefill(a: Attention, device: Device, assumed: Assumed) -> Result:
     parts = {name: clocks * heads / rate for name, clocks in busy.items()}
     parts["bytes"] = a.moved / (device.bandwidth * device.reach)
     parts["launch"] = assumed.launch
-    return Result(max(seconds, parts["bytes"]) + assumed.launch, parts)
+    seconds = max(seconds, parts["bytes"]) + assumed.launch
+    if parts_a_block > 1:
+        kept = a.batch * a.q_heads * a.queries * parts_a_block * (4 * a.dim + 16)
+        moved = kept if kept > device.l2 else 0  # else they are read out of the second-level cache
+        merge = streamed(moved, device, assumed, trips=ceil(parts_a_block / 8))
+        parts["launch"] += merge.parts["launch"]
+        seconds += merge.seconds
+    return Result(seconds, parts)
 
 
 # ---- Decode, and what tensor cores do not take -------------------------------------------------------

@@ -42,4 +42,11 @@ PYBIND11_MODULE(_C, m) {
         "`keys` keys that are read in tiles of `tile`, where `resident` blocks run at a time.");
   m.def("split_begin", &gemma2::split_begin, py::arg("keys"), py::arg("splits"), py::arg("split"),
         "The first of the keys of split `split`; it ends where the next one begins.");
+  m.def("most_sums", &gemma2::most_sums, py::arg("keys"),
+        "The most sums of deterministic attention on CUDA that so many neighbouring keys take\n"
+        "part in.");
+  m.def("sums_side_by_side", &gemma2::sums_side_by_side, py::arg("blocks"), py::arg("rows"),
+        py::arg("keys"), py::arg("resident"),
+        "In how many blocks deterministic attention on CUDA makes the sums of one of `blocks`\n"
+        "blocks of `rows` rows, where `resident` run at a time; 1: it makes them in turn.");
 }

@@ -1,5 +1,6 @@
-// How decode attention is cut: in how many splits of keys, and where each begins. Pure functions:
-// the number comes from what the host knows before a launch, the ranges from what the device knows.
+// How attention is cut: decode in how many splits of keys, and where each begins; deterministic
+// attention at fixed positions. Pure functions: numbers come from what the host knows before a
+// launch, ranges from what the device knows.
 #pragma once
 
 #include <stdint.h>
@@ -50,6 +51,31 @@ GEMMA2_HOST_DEVICE static inline int split_begin(int keys, int splits, int split
   const int pieces = keys / kSplitKeys + (keys % kSplitKeys != 0), rest = pieces % splits;
   const int begin = pieces / splits * split + (split < rest ? split : rest);
   return begin == pieces ? keys : begin * kSplitKeys;
+}
+
+// ---- Deterministic attention (csrc/cuda/attention_prefill.cu) ----
+
+// Sums over keys are closed where the position is a multiple of it: each is made alone.
+constexpr int kSumKeys = 512;
+
+// The most such sums that `keys` neighbouring keys take part in.
+constexpr int64_t most_sums(int64_t keys) {
+  return keys > 1 ? (keys + kSumKeys - 2) / kSumKeys + 1 : 1;
+}
+
+// Blocks that share the keys of a block of `rows` rows: as many as there are sums, which a second
+// launch merges, or 1, which makes them in turn. Chosen is what takes less time, in units of a tile
+// of 64 keys: a block's start and end count as 2, a block's sums, written and read, as 1 for each
+// 16 rows, the second launch as 2.
+constexpr int64_t sums_side_by_side(int64_t blocks, int64_t rows, int64_t keys, int64_t resident) {
+  constexpr int64_t kTile = 64, kBlock = 2, kMerge = 2, kRows = 16;
+  const int64_t sums = most_sums(keys);
+  const int64_t in_turn =
+      (blocks + resident - 1) / resident * ((keys + kTile - 1) / kTile + kBlock);
+  const int64_t apart =
+      (blocks * sums + resident - 1) / resident * (kSumKeys / kTile + kBlock + rows / kRows) +
+      kMerge;
+  return sums > 1 && apart < in_turn ? sums : 1;
 }
 
 }  // namespace gemma2

@@ -2,7 +2,8 @@
 //
 //   any      float32, mixed dtypes, rows that are not aligned to 16 bytes (attention_any.cu)
 //   decode   at most 16 rows (queries x heads of a group) a key/value head (attention_decode.cu)
-//   prefill  all else, and everything deterministic (attention_prefill.cu)
+//   prefill  all else, and everything deterministic, with sums that are closed at fixed positions
+//            (attention_prefill.cu, attention_merge.cu)
 //
 // A deterministic call must not change its bits with where a tensor happens to lie: its rows that
 // are not aligned are copied first, a warp a row, element by element.

@@ -35,6 +35,7 @@
 #include "common/mutate.h"
 #include "common/visibility.h"
 #include "cuda/attention_softmax.h"
+#include "cuda/attention_sums.h"
 #include "cuda/attention_tile.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"
@@ -70,13 +71,6 @@ struct DecodeTile {
     float scores[kRows * kScoreStride];
     Range rows[kWarps][kRows];  // what each row sees of the split; every warp has its own copy
   };
-};
-
-struct Sums {   // of a row over a split's keys
-  float sum;    // of p as multiplied with v
-  float exact;  // of p before it was rounded, for the lse
-  float most;   // what p's exponents are relative to; 0 where no maximum is kept
-  float unused;
 };
 
 struct Decode {
@@ -306,13 +300,12 @@ GEMMA2_DEVICE void multiply_values(const Decode& d, const unsigned char* values,
   }
 }
 
-// A row's elements [column, column + 2) of the result, in q's dtype.
-template <typename T>
+// A row's elements [column, column + 2) of the result.
 GEMMA2_DEVICE void store_pair(const AttentionParams& p, int64_t b, int64_t head, int64_t query,
-                              int column, float x, float y) {
-  T* out = static_cast<T*>(p.out) + b * p.out_strides.b + head * p.out_strides.h +
-           query * p.out_strides.s + column;
-  store(reinterpret_cast<uint32_t*>(out), pack2<T>(x, y));
+                              int column, uint32_t pair) {
+  uint16_t* out = static_cast<uint16_t*>(p.out) + b * p.out_strides.b + head * p.out_strides.h +
+                  query * p.out_strides.s + column;
+  store(reinterpret_cast<uint32_t*>(out), pair);
 }
 
 template <typename T, int kDim, bool kOnline>
@@ -384,8 +377,8 @@ __global__ void __launch_bounds__(kThreads, DecodeTile<kDim>::kBlocks) split_ker
       const float scale = sum == 0 ? 0.0f : 1.0f / sum;
 #pragma unroll
       for (int n = 0; n < Tile::kWarpDim / 8; ++n)
-        store_pair<T>(p, b, head, query, column + n * 8, state.o[n][half * 2] * scale,
-                      state.o[n][half * 2 + 1] * scale);
+        store_pair(p, b, head, query, column + n * 8,
+                   pack2<T>(state.o[n][half * 2] * scale, state.o[n][half * 2 + 1] * scale));
       if (first)
         store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(sum, exact, most));
       continue;
@@ -412,7 +405,7 @@ struct Combine {
   alignas(16) float o[kGroups][kColumns];
 };
 
-template <typename T, bool kOnline>
+template <bool kOnline>
 __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
   Combine& shared = static_shared<Combine>();
   const AttentionParams& p = d.p;
@@ -469,7 +462,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(Decode d) {
       y += pair.y;
     }
     const float scale = sum == 0 ? 0.0f : 1.0f / sum;
-    store_pair<T>(p, b, head, query, first + thread * 2, x * scale, y * scale);
+    store_pair(p, b, head, query, first + thread * 2, pack_pair(p.q_dtype, x * scale, y * scale));
   }
   if (thread == 0 && blockIdx.y == 0)
     store(&p.lse[(b * p.q_heads + head) * p.q_length + query], log_sum_exp(sum, exact, most));
@@ -494,7 +487,7 @@ void run(Decode d, CudaCall& call) {
   launch(call, "decode split", split_kernel<T, kDim, kOnline>, dim3(sequences, d.splits), kThreads,
          shared_bytes, d);
   if (d.splits > 1)
-    launch(call, "decode combine", combine_kernel<T, kOnline>,
+    launch(call, "decode combine", combine_kernel<kOnline>,
            dim3(sequences * d.rows, kDim / kColumns), kThreads, 0, d);
 }
 

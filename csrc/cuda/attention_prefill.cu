@@ -10,6 +10,11 @@
 // of them see a key and others do not. Blocks of late queries first: under causality they are the
 // longest.
 //
+// A deterministic call closes its sums where the position is a multiple of kSumKeys
+// (attention_sums.h): a block makes them in turn and keeps a total in global memory, or, where too
+// few blocks would run, there is a block for each and attention_merge.cu merges them. A row's bits
+// are the same.
+//
 // Planned, for 128 threads:
 //   head_dim   shared memory   registers a thread   blocks on an SM of 100, 164, 228 KB
 //   64         25 KB           168                  3, 3, 3
@@ -26,10 +31,13 @@
 
 #include <type_traits>
 
+#include "common/attention_plan.h"
 #include "common/mutate.h"
 #include "common/visibility.h"
 #include "cuda/attention_softmax.h"
+#include "cuda/attention_sums.h"
 #include "cuda/attention_tile.h"
+#include "cuda/device.h"
 #include "cuda/launch.h"
 
 namespace gemma2::cuda {
@@ -50,6 +58,7 @@ constexpr int kSteps = kKeys / 16;  // of keys, in the products with V
 struct alignas(16) Span {
   int begin, end;
   uint32_t slot;  // of the first of them
+  int phase;      // keys from the last multiple of kSumKeys to the block's first tile
 };
 
 // What a warp needs between the products. Here and not in registers, where there is no room.
@@ -67,14 +76,31 @@ struct alignas(128) Layout {
   Kept kept[kWarps];
 };
 
+// Where sums are closed: at the end of a row's keys, or each kSumKeys, by one block after the other
+// or by a block for each.
+enum class Closing { once, in_turn, side_by_side };
+
 // What the kernel needs beside the operator's arguments.
 struct Plan {
   int group, rows, blocks;  // query heads per key/value head; rows and blocks of one
   SoftmaxScales scales;
+  Closing closing;
+  int64_t first_block;  // of the launch
+  float4* totals;       // in turn: of each block and thread
+  Parts parts;          // side by side
 };
+
+// This thread's total in working memory: pieces kThreads apart.
+template <int kDim>
+GEMMA2_DEVICE float4* total_of(float4* totals) {
+  return totals + int64_t{blockIdx.x} * kTotals<kDim> * kThreads + threadIdx.x;
+}
 
 // Blocks that should fit on an SM.
 constexpr int resident(int dim) { return dim == 64 ? 3 : 2; }
+
+// Working memory that a launch takes at most: more blocks have totals of their own in further ones.
+constexpr int64_t kWorkingBytes = 128 << 20;
 
 // ---- Who sees what ----
 
@@ -109,7 +135,7 @@ GEMMA2_DEVICE Span find_span(Layout<kDim>& tile, const AttentionParams& p, const
     lo = min(lo, shuffle_xor(lo, bits));
     hi = max(hi, shuffle_xor(hi, bits));
   }
-  if (lo >= hi) return {0, 0, 0};
+  if (lo >= hi) return {0, 0, 0, 0};
   const int64_t origin = lo / kKeys * kKeys;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -120,7 +146,8 @@ GEMMA2_DEVICE Span find_span(Layout<kDim>& tile, const AttentionParams& p, const
     store(&tile.hi[row], empty ? 0 : static_cast<int>(rows[i].hi - origin));
   }
   return {static_cast<int>(lo - origin), static_cast<int>(hi - origin),
-          static_cast<uint32_t>(read_slot(lo, p.k_base == nullptr ? 0 : p.k_base[b], p.capacity))};
+          static_cast<uint32_t>(read_slot(lo, p.k_base == nullptr ? 0 : p.k_base[b], p.capacity)),
+          static_cast<int>(origin % kSumKeys)};
 }
 
 // What this thread's two rows see of the tile of keys from `start` on.
@@ -299,21 +326,26 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
   Layout<kDim>& tile = dynamic_shared<Layout<kDim>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t heads = p.kv_heads * p.batch;
-  const int b = static_cast<int>(blockIdx.x % heads / p.kv_heads);
-  const int h = static_cast<int>(blockIdx.x % heads % p.kv_heads);
-  const int first = (plan.blocks - 1 - static_cast<int>(blockIdx.x / heads)) * kRows;
-  int end = 0;
+  const int64_t block = plan.first_block + blockIdx.x;
+  const int b = static_cast<int>(block % heads / p.kv_heads);
+  const int h = static_cast<int>(block % heads % p.kv_heads);
+  const int first = (plan.blocks - 1 - static_cast<int>(block / heads)) * kRows;
+  int begin = 0, end = 0;
   {
     const Span span = find_span(tile, p, plan, b, first);
     const T* k = static_cast<const T*>(p.k) + b * p.k_strides.b + h * p.k_strides.h;
     const T* v = static_cast<const T*>(p.v) + b * p.v_strides.b + h * p.v_strides.h;
     end = span.end;
+    if (plan.closing == Closing::side_by_side) {
+      begin = max(static_cast<int>(blockIdx.y) * kSumKeys - span.phase, 0);
+      end = min(end, static_cast<int>(blockIdx.y + 1) * kSumKeys - span.phase);
+    }
     sync_block();  // everyone knows what the rows see
-    if (end > 0) {
+    if (begin < end) {
       copy_queries<T, kDim>(tile.q, p, plan, b, h, first);
-      copy_tile<T, kDim>(tile.k, k, p.k_strides.s, 0, span, p, tile);
+      copy_tile<T, kDim>(tile.k, k, p.k_strides.s, begin, span, p, tile);
       copy_async_commit();
-      copy_tile<T, kDim>(tile.v, v, p.v_strides.s, 0, span, p, tile);
+      copy_tile<T, kDim>(tile.v, v, p.v_strides.s, begin, span, p, tile);
       copy_async_commit();
     }
     if (lane == 0) {
@@ -326,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
   float o[kDim / 8][4] = {};
   SoftmaxState state = softmax_start();
   Queries<kDim> queries;
-  for (int start = 0; start < end; start += kKeys) {
+  for (int start = begin; start < end; start += kKeys) {
     const bool more = start + kKeys < end;
     copy_async_wait<1>();
     sync_block();  // K is there
@@ -335,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
     uint32_t weights[kSteps][4];
     float shrink[2] = {1, 1};
     if constexpr (Queries<kDim>::kKept) {
-      if (start == 0)
+      if (start == begin)
 #pragma unroll
         for (int d = 0; d < kDim / 16; ++d)
           load_rows<kDim>(queries.a[d], tile.q, warp * kWarpRows, d);
@@ -375,10 +407,29 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
       copy_tile<T, kDim>(tile.v, load(&tile.kept[warp].v), p.v_strides.s, start + kKeys,
                          load(&tile.kept[warp].span), p, tile);
     copy_async_commit();
+
+    if (plan.totals != nullptr) {
+      const int keys = load(&tile.kept[warp].span).phase + start + kKeys;
+      if (!more || keys % kSumKeys == 0)
+        close_sums<kThreads, kOnline>(o, state, total_of<kDim>(plan.totals), keys <= kSumKeys);
+    }
+  }
+  if (plan.totals == nullptr)
+    finish(state);
+  else if (end > 0)
+    load_total<kThreads>(o, state, total_of<kDim>(plan.totals));
+  if (plan.closing == Closing::side_by_side) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first + warp * kWarpRows + lane / 4 + 8 * i;
+      const int64_t sequence = int64_t{b} * p.kv_heads + h;
+      if (row < plan.rows)
+        store_part<kOnline>(o, state, i, plan.parts, sequence * plan.rows + row, blockIdx.y);
+    }
+    return;
   }
 
   // The result by way of the warp's own rows of Q, so that it is stored 16 bytes at a time.
-  finish(state);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int in_tile = warp * kWarpRows + lane / 4 + 8 * i, row = first + in_tile;
@@ -408,16 +459,46 @@ __global__ void __launch_bounds__(kThreads, resident(kDim))
   }
 }
 
+template <typename T, int kDim, bool kOnline>
+void run(const AttentionParams& p, Plan plan, CudaCall& call) {
+  const auto launch_blocks = [&](int64_t first, int64_t blocks, int64_t parts) {
+    plan.first_block = first;
+    launch(call, "attention_prefill", prefill_kernel<T, kDim, kOnline>, dim3(blocks, parts),
+           kThreads, sizeof(Layout<kDim>), p, plan);
+  };
+  const int64_t sequences = p.kv_heads * p.batch, blocks = plan.blocks * sequences;
+  if (!p.deterministic) return launch_blocks(0, blocks, 1);
+
+  // Of the queries of a block.
+  const int64_t queries = ceil_div(kRows - 1, plan.group) + 1;
+  const int64_t keys =
+      most_visible_keys(p.capacity, p.window, p.q_length < queries ? p.q_length : queries);
+  const int64_t rows = plan.rows < kRows ? plan.rows : kRows;
+  const int64_t parts =
+      sums_side_by_side(blocks, rows, keys, resident_blocks(resident(kDim), sizeof(Layout<kDim>)));
+  const int64_t part_bytes = sequences * plan.rows * parts * (kDim * sizeof(float) + sizeof(Sums));
+  if (parts > 1 && part_bytes <= kWorkingBytes) {
+    plan.closing = Closing::side_by_side;
+    plan.parts.o = static_cast<float*>(allocate(call, part_bytes));
+    plan.parts.sums = reinterpret_cast<Sums*>(plan.parts.o + sequences * plan.rows * parts * kDim);
+    plan.parts.parts = static_cast<int>(parts);
+    launch_blocks(0, blocks, parts);
+    return attention_merge(p, plan.parts, call);
+  }
+  plan.closing = Closing::in_turn;
+  const int64_t bytes = kTotals<kDim> * kThreads * sizeof(float4), most = kWorkingBytes / bytes;
+  const int64_t at_once = blocks < most ? blocks : most;
+  plan.totals = static_cast<float4*>(allocate(call, at_once * bytes));
+  for (int64_t first = 0; first < blocks; first += at_once)
+    launch_blocks(first, blocks - first < at_once ? blocks - first : at_once, 1);
+}
+
 template <typename T, int kDim>
 void run(const AttentionParams& p, float softcap, const Plan& plan, CudaCall& call) {
-  const int64_t blocks = plan.blocks * p.kv_heads * p.batch;
   if constexpr (std::is_same_v<T, bf16_t>) {
-    if (bounded_by(softcap))
-      return launch(call, "attention_prefill", prefill_kernel<T, kDim, false>, blocks, kThreads,
-                    sizeof(Layout<kDim>), p, plan);
+    if (bounded_by(softcap)) return run<T, kDim, false>(p, plan, call);
   }
-  launch(call, "attention_prefill", prefill_kernel<T, kDim, true>, blocks, kThreads,
-         sizeof(Layout<kDim>), p, plan);
+  run<T, kDim, true>(p, plan, call);
 }
 
 template <typename T>
@@ -436,7 +517,7 @@ void run(const AttentionParams& p, float softcap, const Plan& plan, CudaCall& ca
 
 void attention_prefill(const AttentionParams& p, CudaCall& call) {
   const float softcap = mutated(Mutation::cap_dropped) ? 0.0f : p.softcap;
-  Plan plan;
+  Plan plan = {};
   plan.group = static_cast<int>(p.q_heads / p.kv_heads);
   plan.rows = static_cast<int>(p.q_length) * plan.group;
   plan.blocks = static_cast<int>(ceil_div(plan.rows, kRows));

@@ -135,6 +135,7 @@ PLANS = (
         "attention_decode combine<*>", threads=128, registers=56, warps=36, static_shared=2944,
         expects=(LOAD_128,),
     ),
+    Plan("attention_merge", threads=64, registers=96, warps=20, expects=(LOAD_128,)),
     _prefill,
     replace(_prefill, kernels="attention_prefill<*, 128, *>", warps=8, dynamic_shared=49792),
     replace(

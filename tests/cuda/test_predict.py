@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.attention_model import decode_splits, prefill_counts, tile_of
+from benchmarks.attention_model import (
+    decode_splits,
+    prefill_counts,
+    sums_side_by_side,
+    tile_of,
+)
 from benchmarks.gpus import A100, H100, RTX_4090
 from gemma2 import _C, ops
 from tests.cuda.occupancy import MULTIPROCESSORS, resident_blocks
@@ -61,3 +66,14 @@ def test_tiles_take_the_planned_shared_memory_and_as_many_blocks_are_resident(di
 def test_decode_is_split_as_the_kernel_splits(sequences, keys, tile, resident):
     splits = _C.decode_splits(sequences, keys, tile, resident)
     assert decode_splits(sequences, keys, tile, resident) == splits
+
+
+@given(
+    blocks=st.integers(1, 600),
+    rows=st.integers(1, 64),
+    keys=st.integers(0, 100000),
+    resident=st.integers(1, 600),
+)
+def test_deterministic_sums_are_made_as_the_kernel_makes_them(blocks, rows, keys, resident):
+    parts = _C.sums_side_by_side(blocks, rows, keys, resident)
+    assert sums_side_by_side(blocks, rows, keys, resident) == parts

@@ -1,4 +1,5 @@
-"""How decode attention on CUDA is cut into splits of keys: csrc/common/attention_plan.h."""
+"""How attention on CUDA is cut: decode into splits of keys, the deterministic one into sums of 512
+(csrc/common/attention_plan.h)."""
 
 from __future__ import annotations
 
@@ -103,3 +104,39 @@ def test_more_multiprocessors_never_lengthen_the_longest_block_times_waves(keys,
         return ceil_div(sequences * splits, resident) * (tiles + 2) + (2 if splits > 1 else 0)
 
     assert time(4 * H100) <= time(H100)
+
+
+@given(first=st.integers(0, 1 << 20), keys=st.integers(1, 10000))
+def test_keys_never_take_part_in_more_sums_than_the_most(first, keys):
+    assert (first + keys - 1) // 512 - first // 512 + 1 <= _C.most_sums(keys)
+
+
+@given(keys=st.integers(1, 10000))
+def test_some_keys_take_part_in_the_most_sums(keys):
+    first = 511  # the last key of a sum
+    assert (first + keys - 1) // 512 - first // 512 + 1 == _C.most_sums(keys)
+
+
+@given(
+    blocks=st.integers(1, 5000),
+    rows=st.integers(1, 64),
+    keys=st.integers(0, 1 << 20),
+    resident=st.integers(1, 1000),
+)
+def test_sums_are_made_all_side_by_side_or_in_turn(blocks, rows, keys, resident):
+    assert _C.sums_side_by_side(blocks, rows, keys, resident) in (1, _C.most_sums(keys))
+
+
+def test_a_token_at_a_long_context_makes_its_sums_side_by_side():
+    assert _C.sums_side_by_side(4, 2, 8192, 2 * 132) == _C.most_sums(8192) == 17
+    assert _C.sums_side_by_side(4, 2, 4096, 2 * 132) == 9
+
+
+def test_blocks_that_fill_the_device_make_their_sums_in_turn():
+    for rows in (16, 64):
+        assert _C.sums_side_by_side(2 * 132, rows, 8192, 2 * 132) == 1
+
+
+@pytest.mark.parametrize("keys", [1, 64, 512])
+def test_few_keys_are_summed_in_turn(keys):
+    assert _C.sums_side_by_side(4, 2, keys, 2 * 132) == 1
