@@ -54,10 +54,11 @@ def test_bits_do_not_depend_on_alignment(emulator, dtype, softcap, which, moved)
 
 @pytest.mark.parametrize(("dtype", "softcap"), FORMS)
 def test_bits_of_a_ring_are_those_of_the_whole_sequence(dtype, softcap):
-    """Also of a ring that has no multiple of 64 slots, so that a tile straddles its end."""
+    """Also of rings that have no multiple of 64 slots, so that a tile straddles their end: at 230 the
+    span's first, at 300 one that is seen whole."""
     q, k, v = make(dtype)
     whole = call(q, k, v, softcap)
-    for capacity in (256, 230):
+    for capacity in (256, 230, 300):
         rings = [torch.full((1, 2, capacity, DIM), torch.nan, dtype=dtype) for _ in range(2)]
         held = torch.arange(LENGTH - capacity, LENGTH)
         for ring, x in zip(rings, (k, v), strict=True):
