@@ -68,6 +68,8 @@ class HybridCache:
         lengths: int64 [max_batch_size] on the device, real tokens of each row.
         max_cache_len: tokens a row can hold now.
         reprocessed: tokens processed again by generation because `crop` could not go back so far.
+        text: the tokens of each row, a list each, known after `generate` until something else changes
+            the cache; None: not known.
 
     Raises:
         TypeError, ValueError: an argument makes no sense; the text names it.
@@ -106,6 +108,8 @@ class HybridCache:
         ]
         self._longest = 0  # upper bound of lengths; exact where lengths are readable
         self._uncounted = False  # whether it is only max_cache_len, after a compiled call
+        # the tokens of each row, known after generate() until something else changes the rows
+        self.text: list[list[int]] | None = None
         self._make_counters(self.device or torch.device("cpu"))
         # position_ids and start of the document of every position, int64 [B, max_cache_len + 1],
         # made once they say more than "position p, one document"; the last column takes padding
@@ -238,6 +242,7 @@ class HybridCache:
     def commit(self, q_start: Tensor, kv_len: Tensor, columns: int) -> None:
         """Count the call's tokens: the last step of a forward call."""
         batch = kv_len.shape[0]
+        self.text = None
         self._count_written(kv_len)
         self.lengths[:batch].copy_(kv_len)
         if readable(self.lengths):
@@ -353,11 +358,7 @@ class HybridCache:
         target = torch.where(wanted < 0, lengths + wanted, torch.minimum(wanted, lengths))
         # rows that are not in use have nothing to drop
         target = target.masked_fill(lengths == 0, 0)
-        floor = torch.zeros_like(written)
-        for layer in self.layers:
-            if layer.wraps:
-                lost = torch.where(written > layer.capacity, written - layer.margin, 0)
-                floor = torch.maximum(floor, lost)
+        floor = self._least_crop(rows)
         # with nothing kept there is nothing to miss, so 0 is always possible
         bad = (target < 0) | ((target < floor) & (target > 0))
         if bool(bad.any()):
@@ -369,9 +370,24 @@ class HybridCache:
                 f"{least - length}). What came before has been overwritten in the sliding layers; "
                 "use snapshot() and restore() to go back further"
             )
+        self.text = None
         self.lengths[:rows].copy_(target)
         self._written[:rows].masked_fill_(target == 0, 0)
         self.settle(int(self.lengths.max()))
+
+    def _least_crop(self, rows: int) -> Tensor:
+        """Give the least n, besides 0, to which each of the first rows can be cropped, int64 [rows]."""
+        written = self._written[:rows]
+        least = torch.zeros_like(written)
+        for layer in self.layers:
+            if layer.wraps:
+                lost = torch.where(written > layer.capacity, written - layer.margin, 0)
+                least = torch.maximum(least, lost)
+        return least
+
+    def reachable(self, n: Tensor) -> Tensor:
+        """Give n, int64 [rows], with 0 for the rows that cannot be cropped to their n."""
+        return torch.where(n < self._least_crop(n.shape[0]), 0, n)
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Put a copy of row beam_idx[i] in row i.
@@ -403,6 +419,7 @@ class HybridCache:
                 index = beam_idx.to(tensor.device)
                 tensor[: index.shape[0]] = tensor.index_select(0, index)
 
+        self.text = None
         for layer in self.layers:
             permute(layer.k)
             permute(layer.v)
@@ -417,6 +434,7 @@ class HybridCache:
 
     def reset(self) -> None:
         """Forget every token; the memory stays."""
+        self.text = None
         self.lengths.zero_()
         self._written.zero_()
         self.settle(0)
@@ -467,6 +485,7 @@ class HybridCache:
                 f"{int(snapshot._lowest_write[row])} has been written again since: a snapshot "
                 "keeps the sliding layers only"
             )
+        self.text = None
         with torch.no_grad():
             for layer, ring in zip(self.layers, snapshot.rings, strict=True):
                 if ring is not None and layer.k is not None and layer.v is not None:
@@ -508,6 +527,7 @@ class HybridCache:
                 f"advance: {n} tokens after {self._longest} exceed max_cache_len, "
                 f"{self.max_cache_len}"
             )
+        self.text = None
         self._longest += n
 
     def settle(self, longest: int) -> None:
@@ -521,6 +541,7 @@ class HybridCache:
             lengths: int64 [n], what the first n rows are to have.
             longest: an upper bound of all rows' lengths.
         """
+        self.text = None
         self.lengths[: lengths.shape[0]].copy_(lengths)
         self.settle(longest)
 

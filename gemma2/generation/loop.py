@@ -65,6 +65,7 @@ def new_tokens(
             for tokens in transcript.take(mailbox.take()):
                 yield tokens.to(device)
         run.cache.settle(max(run.others, *transcript.cached()))
+        run.cache.text = transcript.text()
         transcript.log()
     finally:
         if ahead == 0 and (rest := transcript.not_given()):
@@ -141,6 +142,14 @@ class _Transcript:
     def cached(self) -> list[int]:
         """Give how many tokens of each row the cache holds: all but the last one."""
         return [n + len(row) - 1 for n, row in zip(self._run.lengths, self._rows, strict=True)]
+
+    def text(self) -> list[list[int]] | None:
+        """Give these tokens; None where they are not the whole story."""
+        if self._run.prompts is None or self._run.cache.has_history:
+            return None
+        return [
+            [*prompt, *row[:-1]] for prompt, row in zip(self._run.prompts, self._rows, strict=True)
+        ]
 
     def not_given(self) -> int:
         """Give how many tokens of a single row have been read but not been given yet."""

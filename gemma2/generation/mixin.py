@@ -105,7 +105,10 @@ class GenerationMixin(nn.Module):
                 output has the new tokens only.
             past_key_values: a cache to use, left holding all but the last new token of each row.
                 If it holds tokens, input_ids is the whole text so far, of which only the
-                rest is read. None: a cache of the size needed, gone afterwards.
+                rest is read. A cache as `generate` left it knows its text: then what input_ids
+                begins with, too, is kept as far as the sliding layers reach back, and what they
+                do not is read again and counted in its `reprocessed`. None: a cache of the size
+                needed, gone afterwards.
             prefill_chunk_size: prompt tokens read at a time, 2048 if None. Bounds the memory.
             assistant_model: a smaller model with the same vocabulary. It drafts
                 num_assistant_tokens at a time, which this model then checks in one call; the text

@@ -93,7 +93,11 @@ def prepare(
         )
     drafted = _check_drafting(model, assistant_model, options, content, device)
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
-    cached = _check_cache(model, past_key_values, rows, lengths, device)
+    prompts = None
+    if content.dim() == 2:
+        real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
+        prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
+    cached, lost = _check_cache(model, past_key_values, rows, lengths, device, prompts)
     need = max(counts) + new_tokens - 1  # the last token is not read
     cache, others = past_key_values, 0
     if cache is None:
@@ -121,11 +125,15 @@ def prepare(
             reading = Reading(assistant_model, own, *packed, repeats, chunk)
         draft = Draft(drafted, reading, options.max_matching_ngram_size)
     ends = options.eos_token_ids
+    if past_key_values is not None and past_key_values.text is not None:
+        cache.crop(cached)
+        cache.reprocessed += lost
     return Run(
         prompt=prompt,
         reading=Reading(model, cache, *_pack(content, mask, lengths, cached), repeats, chunk),
         new_tokens=new_tokens,
         lengths=[count for count in counts for _ in range(repeats)],
+        prompts=None if prompts is None else [row for row in prompts for _ in range(repeats)],
         others=others,
         longest=longest,
         sampler=sampler,
@@ -231,18 +239,30 @@ def _check_cache(
     rows: int,
     lengths: Tensor,
     device: torch.device,
-) -> Tensor:
-    """Give how many tokens of each prompt the cache holds, int64 [B].
+    prompts: list[list[int]] | None,
+) -> tuple[Tensor, int]:
+    """Give how many tokens of each prompt can stay in the cache, int64 [B], and what that loses.
 
-    rows: of the cache, as many as the output has. lengths: int64 [B], tokens of the prompts.
+    Where the cache knows its text, these are the tokens that it and the prompt begin with. A row whose
+    rings have lost what is seen from there keeps none; what is lost is the sum of such rows' tokens.
+
+    Args:
+        rows: of the cache, as many as the output has.
+        lengths: int64 [B], tokens of the prompts.
+        prompts: the prompts' tokens; None: they are embeddings.
     """
     if cache is None:
-        return torch.zeros_like(lengths)
+        return torch.zeros_like(lengths), 0
     if not isinstance(cache, HybridCache):
         raise TypeError(
             f"generate: past_key_values is a {type(cache).__name__}: it must be a HybridCache"
         )
     cache.check_model(model.config, rows, device)
+    if cache.text is not None and prompts is not None:
+        texts = [*cache.text, *([] for _ in prompts)]  # of rows that it does not know: nothing
+        same = [_common(*both) for both in zip(texts, prompts, strict=False)]
+        kept = cache.reachable(torch.tensor(same, device=cache.lengths.device))
+        return kept.to(device), sum(same) - int(kept.sum())
     cached = cache.lengths[: lengths.shape[0]].to(device)
     left = lengths - cached
     if bool((left <= 0).any()):
@@ -252,7 +272,13 @@ def _check_cache(
             f"prompt has {int(lengths[row])}: pass the whole text so far and at least one "
             "token more, crop() the cache, or reset() it"
         )
-    return cached
+    return cached, 0
+
+
+def _common(text: list[int], prompt: list[int]) -> int:
+    """Give how many tokens both begin with, without the prompt's last, which must be read."""
+    pairs = zip(text, prompt[:-1], strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(prompt) - 1))
 
 
 def refuse_unknown(options: dict[str, Any], known: Collection[str]) -> None:

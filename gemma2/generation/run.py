@@ -53,6 +53,7 @@ class Run:
 
     prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
     lengths: tokens of the prompts, one for each of the N rows.
+    prompts: these tokens; None: they are embeddings.
     others: tokens in the longest of the cache's rows that are not in the batch.
     longest: tokens that the longest row of the cache can come to have.
     graph: whether the step is captured and replayed.
@@ -63,6 +64,7 @@ class Run:
     reading: Reading
     new_tokens: int
     lengths: list[int]
+    prompts: list[list[int]] | None
     others: int
     longest: int
     sampler: Sampler

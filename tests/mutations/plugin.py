@@ -286,6 +286,14 @@ def drafts_unchecked() -> None:
 
 
 @fault
+def prefixes_not_compared() -> None:
+    """A cache is gone on from, whatever the prompt begins with."""
+    from gemma2.generation import prepare
+
+    prepare._common = lambda text, prompt: min(len(text), len(prompt) - 1)
+
+
+@fault
 def replays_uncounted() -> None:
     """The host does not count the tokens of replayed steps."""
     from gemma2.generation.step import Step
