@@ -94,7 +94,7 @@ def prepare(
     drafted = _check_drafting(model, assistant_model, options, content, device)
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
     prompts = None
-    if content.dim() == 2:
+    if content.dim() == 2 and past_key_values is not None:
         real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
         prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
     cached, lost = _check_cache(model, past_key_values, rows, lengths, device, prompts)

@@ -53,7 +53,7 @@ class Run:
 
     prompt: int64 [N, S], what stands before the new tokens in the output; S is 0 for inputs_embeds.
     lengths: tokens of the prompts, one for each of the N rows.
-    prompts: these tokens; None: they are embeddings.
+    prompts: these tokens; None: they are embeddings, or the cache is nobody's afterwards.
     others: tokens in the longest of the cache's rows that are not in the batch.
     longest: tokens that the longest row of the cache can come to have.
     graph: whether the step is captured and replayed.

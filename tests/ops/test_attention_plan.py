@@ -42,24 +42,23 @@ def test_splits_take_every_key_once_in_order_and_are_equal_but_for_8_keys(keys, 
     assert min(sizes) > 0 or keys <= 8 * (splits - 1)
 
 
-@given(
-    sequences=st.integers(1, 5000),
-    keys=st.integers(1, 1 << 20),
-    tile=st.sampled_from([32, 64]),
-    resident=st.integers(1, 1000),
-)
+def any_launch(least):
+    return given(
+        sequences=st.integers(least, 5000),
+        keys=st.integers(least, 1 << 20),
+        tile=st.sampled_from([32, 64]),
+        resident=st.integers(1, 1000),
+    )
+
+
+@any_launch(least=1)
 def test_no_split_of_a_full_cache_is_empty(sequences, keys, tile, resident):
     """Of a shorter one some are, since a captured launch knows the capacity only."""
     begins = begins_of(keys, _C.decode_splits(sequences, keys, tile, resident))
     assert all(begin < end for begin, end in itertools.pairwise(begins))
 
 
-@given(
-    sequences=st.integers(0, 5000),
-    keys=st.integers(0, 1 << 20),
-    tile=st.sampled_from([32, 64]),
-    resident=st.integers(1, 1000),
-)
+@any_launch(least=0)
 def test_the_number_of_splits_is_bounded(sequences, keys, tile, resident):
     """By the keys, by the second launch, and by four waves of blocks."""
     splits = _C.decode_splits(sequences, keys, tile, resident)
