@@ -46,7 +46,7 @@ dev: $(VENV)/.build-requirements  ## An editable build: Python files are live, C
 	flock $(VENV)/.build-lock $(BUILD) -e .
 
 $(VENV)/.test-requirements: $(VENV)/.build-requirements
-	$(PIP_INSTALL) "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2" "nvidia-cuda-nvdisasm>=13.2; platform_system == 'Linux'"
+	$(PIP_INSTALL) "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" expecttest "transformers>=4.57,<5" "scikit-learn>=1.3" "sentencepiece>=0.2" "gguf>=0.10" "orbax-checkpoint>=0.6" "peft>=0.13" "psutil>=5.9" "nvidia-cuda-nvdisasm>=13.2; platform_system == 'Linux'"
 	$(PIP_INSTALL) --target $(VENV)/transformers5 --upgrade "transformers>=5.3,<6"
 	@touch $@
 
