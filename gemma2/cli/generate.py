@@ -1,0 +1,170 @@
+"""`gemma2 generate`: continue texts, streaming what is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from gemma2.cli.options import DEFAULT_NEW_TOKENS, Commands, sampling_options, weights_options
+from gemma2.cli.shared import device_of, load_causal_lm, per_second, say, set_threads, texts_of
+
+if TYPE_CHECKING:
+    from gemma2 import Gemma2ForCausalLM, Tokenizer
+
+__all__ = ["add"]
+
+EXAMPLES = """\
+The most probable text is written, unless one of the sampling options is given.
+
+examples:
+  gemma2 generate "a small bird"
+  gemma2 generate --seed 1 --temperature 0.8 "a small bird" "a tall tree"
+  gemma2 generate --model gemma-2-2b --max-new-tokens 50 "Once upon a time"
+  gemma2 generate --model gemma-2-2b-it --chat "Why is the sky blue?"
+  gemma2 generate --model gemma-2-9b --device cuda "Once upon a time"
+  echo "a kind of boat" | gemma2 generate --json -
+"""
+
+
+def add(commands: Commands) -> None:
+    """Add the command to the parser."""
+    generate = commands.add(
+        "generate",
+        _run,
+        "write text, streaming it as it comes",
+        EXAMPLES,
+        weights_options(),
+        sampling_options(),
+    )
+    generate.add_argument(
+        "text", nargs="+", metavar="TEXT", help="what to continue, each on its own; - reads stdin"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="TEXT is a message to an instruction-tuned model"
+    )
+    generate.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue TEXT itself, not a definition of it (embedded model)",
+    )
+    generate.add_argument(
+        "--no-stream", action="store_true", help="print each text when it is complete"
+    )
+    generate.add_argument("--stats", action="store_true", help="speed on stderr")
+
+
+def _run(args: argparse.Namespace) -> None:
+    wants_sampling = args.sample or any(
+        getattr(args, name) is not None
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+    )
+    if args.greedy and wants_sampling:
+        args.parser.error("--greedy takes no other sampling option")
+    if args.raw and args.model is not None:
+        args.parser.error(
+            "--raw is for the embedded model: with --model, TEXT is continued as it is"
+        )
+    if args.chat and args.model is None:
+        args.parser.error("--chat needs --model: the embedded model writes definitions only")
+    texts = texts_of(args.text)
+    set_threads(args)
+    start = time.perf_counter()
+    model, tokenizer = load_causal_lm(args, device_of(args))
+    load_seconds = time.perf_counter() - start
+
+    options: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    }
+    if args.greedy or wants_sampling:
+        options["do_sample"] = not args.greedy
+    settings = model.generation_config
+    options["max_new_tokens"] = args.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
+    seed = args.seed
+    if seed is None and (wants_sampling or (settings.do_sample and not args.greedy)):
+        # named in the output, so that a text that somebody likes can be had again
+        seed = int.from_bytes(os.urandom(4), "little")
+    for number, text in enumerate(texts):
+        ids = _prompt_ids(args, tokenizer, text)
+        shown = not (args.json or args.no_stream)
+        if len(texts) > 1 and not args.json:
+            print(f"{'' if number == 0 else chr(10)}> {text}", flush=True)
+        result = _write(model, tokenizer, ids, options, seed, print_text=shown)
+        if args.json:
+            print(json.dumps({"prompt": text, **result, "load_seconds": load_seconds}), flush=True)
+        elif args.no_stream:
+            print(result["text"], flush=True)
+        if args.stats and not args.json:
+            say(
+                f"prompt {result['prompt_tokens']} tokens, {result['prefill_tokens_per_s']:.0f} "
+                f"tokens/s; text {result['new_tokens']} tokens, "
+                f"{result['decode_tokens_per_s']:.1f} tokens/s; loaded in {load_seconds:.1f} s"
+                + ("" if seed is None else f"; seed {seed}")
+            )
+
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer, text: str) -> list[int]:
+    if args.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
+    if args.model is None and not args.raw:
+        from gemma2 import tiny
+
+        text = tiny.prompt(text)
+    return tokenizer.encode(text)
+
+
+def _write(
+    model: Gemma2ForCausalLM,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    options: dict[str, Any],
+    seed: int | None,
+    print_text: bool,
+) -> dict[str, Any]:
+    """Continue one prompt, printing the text as it comes if asked to; give it with its figures."""
+    import torch
+
+    decoder = tokenizer.decode_stream()
+    ends = set(model.generation_config.eos_token_ids)
+    pieces: list[str] = []
+    new: list[int] = []
+    started = False
+
+    def show(piece: str) -> None:
+        # the space between prompt and text is of no use at the beginning of a line
+        nonlocal started
+        piece = piece if started else piece.lstrip()
+        if not piece:
+            return
+        started = True
+        pieces.append(piece)
+        if print_text:
+            print(piece, end="", flush=True)
+
+    prompt = torch.tensor([ids], device=model.device)
+    start = time.perf_counter()
+    first = start
+    try:
+        for step in model.stream(prompt, seed=seed, **options):
+            if not new:
+                first = time.perf_counter()
+            new.append(int(step))
+            show(decoder.put(new[-1]))
+        show(decoder.end())
+    finally:
+        if print_text:
+            print(flush=True)
+    end = time.perf_counter()
+    return {
+        "text": "".join(pieces),
+        "tokens": new,
+        "finish_reason": "eos" if new[-1] in ends else "length",
+        "seed": seed,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(new),
+        "prefill_tokens_per_s": per_second(len(ids), first - start),
+        "decode_tokens_per_s": per_second(len(new) - 1, end - first),
+    }

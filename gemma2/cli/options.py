@@ -1,0 +1,127 @@
+"""Options that several commands have, and how a command is added to the parser."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+__all__ = [
+    "DEFAULT_NEW_TOKENS",
+    "DTYPES",
+    "INF",
+    "SIZES",
+    "Commands",
+    "count",
+    "number",
+    "sampling_options",
+    "weights_options",
+]
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+SIZES = ("2b", "9b", "27b")
+DEFAULT_NEW_TOKENS = 128
+INF = float("inf")
+
+
+def number(kind: type, least: float, most: float, wanted: str) -> Callable[[str], Any]:
+    """Give a converter for argparse that refuses what is out of range."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be {wanted}")
+        return value
+
+    return convert
+
+
+count = number(int, 1, INF, "a whole number of at least 1")
+
+
+class Commands:
+    """The commands of the parser; each module of a command adds its own."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._made = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        self._common = argparse.ArgumentParser(add_help=False)
+        group = self._common.add_argument_group("general")
+        group.add_argument("--json", action="store_true", help="machine-readable output")
+        group.add_argument("--threads", type=count, metavar="N", help="threads to use (all cores)")
+        group.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+    def add(
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], None],
+        help: str,
+        epilog: str,
+        *parents: argparse.ArgumentParser,
+    ) -> argparse.ArgumentParser:
+        """Add a command that `run` executes; give its parser. `epilog` has the examples."""
+        made: argparse.ArgumentParser = self._made.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            parents=[*parents, self._common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run=run, parser=made)
+        return made
+
+
+def weights_options() -> argparse.ArgumentParser:
+    """Give the options of a command that computes with a model's weights."""
+    weights = argparse.ArgumentParser(add_help=False)
+    group = weights.add_argument_group("model")
+    group.add_argument(
+        "--model", metavar="FOLDER", help="folder with config.json, weights, tokenizer"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="to compute in (auto: as stored)"
+    )
+    group.add_argument("--device", default="cpu", help="to compute on: cpu, cuda, cuda:1 ... (cpu)")
+    return weights
+
+
+def sampling_options() -> argparse.ArgumentParser:
+    """Give the options of a command that writes text: how long it gets, and how tokens are chosen."""
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument(
+        "--max-new-tokens", type=count, metavar="N",
+        help=f"at most so many (the model's own setting, or {DEFAULT_NEW_TOKENS})",
+    )  # fmt: skip
+    sampling = writing.add_argument_group("sampling (any of these but --greedy turns it on)")
+    sampling.add_argument("--greedy", action="store_true", help="the most probable token each time")
+    sampling.add_argument(
+        "--sample", action="store_true", help="sample with the model's own settings"
+    )
+    sampling.add_argument(
+        "--temperature", type=number(float, 0, 1e9, "a number of at least 0"), metavar="T",
+        help="below 1: safer, above 1: wilder; 0 is greedy",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--top-k", type=number(int, 0, INF, "a whole number of at least 0"), metavar="K",
+        help="choose among the K most probable tokens (50); 0: among all",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--top-p", type=number(float, 1e-300, 1, "a number in (0, 1]"), metavar="P",
+        help="choose among the most probable tokens that have P of the probability together",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=number(float, 0, 1, "a number in [0, 1]"), metavar="P",
+        help="choose among tokens at least P times as probable as the most probable one",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1, "a whole number in [0, 2**63)"), metavar="N",
+        help="the same seed gives the same text",
+    )  # fmt: skip
+    writing.add_argument(
+        "--repetition-penalty", type=number(float, 1e-300, 1e9, "a number above 0"), metavar="R",
+        help="above 1: avoid what has occurred (also when greedy)",
+    )  # fmt: skip
+    return writing
