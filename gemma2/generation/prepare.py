@@ -21,6 +21,7 @@ from gemma2.generation.config import (
     GenerationConfig,
     refuse_unsupported,
 )
+from gemma2.generation.prefix import kept_tokens, make_room, new_cache
 from gemma2.generation.run import Draft, Reading, Run
 from gemma2.generation.sampling import Sampler
 
@@ -31,9 +32,6 @@ __all__ = ["SPECIAL", "prepare", "refuse_unknown"]
 
 # Tokens read at a time from a prompt: enough to run at full speed, 0.2 GB of activations in a 2B.
 PREFILL_CHUNK = 2048
-
-# Of a cache that is made here, the default of `HybridCache`.
-MARGIN = 64
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -97,14 +95,14 @@ def prepare(
     if content.dim() == 2 and past_key_values is not None:
         real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
         prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
-    cached, lost = _check_cache(model, past_key_values, rows, lengths, device, prompts)
+    cached, lost = kept_tokens(model, past_key_values, rows, lengths, device, prompts)
     need = max(counts) + new_tokens - 1  # the last token is not read
     cache, others = past_key_values, 0
     if cache is None:
-        cache = _new_cache(model, rows, need + ahead, device, ahead)
+        cache = new_cache(model, rows, need + ahead, device, ahead)
     else:
         others = max(cache.lengths[rows:].tolist(), default=0)
-        _make_room(cache, max(counts), new_tokens, ahead)
+        make_room(cache, max(counts), new_tokens, ahead)
     longest = max(max(counts), others) + new_tokens - 1
     models = [model] if assistant_model is None else [model, assistant_model]
     room = longest + ahead <= cache.max_cache_len
@@ -120,7 +118,7 @@ def prepare(
     if drafted:
         reading = None
         if assistant_model is not None:
-            own = _new_cache(assistant_model, rows, need + ahead, device, ahead)
+            own = new_cache(assistant_model, rows, need + ahead, device, ahead)
             packed = _pack(content, mask, lengths, torch.zeros_like(lengths))
             reading = Reading(assistant_model, own, *packed, repeats, chunk)
         draft = Draft(drafted, reading, options.max_matching_ngram_size)
@@ -233,54 +231,6 @@ def _content(
     return embeds
 
 
-def _check_cache(
-    model: GenerationMixin,
-    cache: HybridCache | None,
-    rows: int,
-    lengths: Tensor,
-    device: torch.device,
-    prompts: list[list[int]] | None,
-) -> tuple[Tensor, int]:
-    """Give how many tokens of each prompt can stay in the cache, int64 [B], and what that loses.
-
-    Where the cache knows its text, these are the tokens that it and the prompt begin with. A row whose
-    rings have lost what is seen from there keeps none; what is lost is the sum of such rows' tokens.
-
-    Args:
-        rows: of the cache, as many as the output has.
-        lengths: int64 [B], tokens of the prompts.
-        prompts: the prompts' tokens; None: they are embeddings.
-    """
-    if cache is None:
-        return torch.zeros_like(lengths), 0
-    if not isinstance(cache, HybridCache):
-        raise TypeError(
-            f"generate: past_key_values is a {type(cache).__name__}: it must be a HybridCache"
-        )
-    cache.check_model(model.config, rows, device)
-    if cache.text is not None and prompts is not None:
-        texts = [*cache.text, *([] for _ in prompts)]  # of rows that it does not know: nothing
-        same = [_common(*both) for both in zip(texts, prompts, strict=False)]
-        kept = cache.reachable(torch.tensor(same, device=cache.lengths.device))
-        return kept.to(device), sum(same) - int(kept.sum())
-    cached = cache.lengths[: lengths.shape[0]].to(device)
-    left = lengths - cached
-    if bool((left <= 0).any()):
-        row = int((left <= 0).nonzero()[0])
-        raise ValueError(
-            f"generate: past_key_values holds {int(cached[row])} tokens of row {row}, the "
-            f"prompt has {int(lengths[row])}: pass the whole text so far and at least one "
-            "token more, crop() the cache, or reset() it"
-        )
-    return cached, 0
-
-
-def _common(text: list[int], prompt: list[int]) -> int:
-    """Give how many tokens both begin with, without the prompt's last, which must be read."""
-    pairs = zip(text, prompt[:-1], strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(prompt) - 1))
-
-
 def refuse_unknown(options: dict[str, Any], known: Collection[str]) -> None:
     """Raise for what `generate` was given and does not know, or cannot do yet."""
     for name in options:
@@ -330,38 +280,6 @@ def _check_drafting(
     if home != device:
         raise ValueError(f"generate: assistant_model is on {home}, the model on {device}: move one")
     return options.num_assistant_tokens
-
-
-def _new_cache(
-    model: GenerationMixin, rows: int, columns: int, device: torch.device, ahead: int
-) -> HybridCache:
-    """Give an empty cache from which `ahead` tokens can be taken back."""
-    cache = HybridCache(model.config, rows, columns, margin=max(MARGIN, ahead))
-    cache.place(device)  # keys live where their layers do
-    return cache
-
-
-def _make_room(cache: HybridCache, longest: int, new_tokens: int, ahead: int) -> None:
-    """Grow the cache for a text and `ahead` tokens that may be taken back, if it is too small.
-
-    Raises:
-        ValueError: it cannot grow, or its margin is too small.
-    """
-    need = longest + new_tokens - 1 + ahead
-    if need > cache.max_cache_len:
-        drafts = f" (of which {ahead} for drafted tokens)" if ahead else ""
-        if not cache.growable:
-            raise ValueError(
-                f"generate: past_key_values has max_cache_len {cache.max_cache_len}, but "
-                f"{longest} tokens and {new_tokens} new ones need {need}{drafts}: make it larger, "
-                f"call grow({need}), or lower max_new_tokens"
-            )
-        cache.grow(need)
-    if any(layer.wraps and layer.margin < ahead for layer in cache.layers):
-        raise ValueError(
-            f"generate: past_key_values has a margin of {cache.margin} tokens that can be taken "
-            f"back, drafts need {ahead}: make it with margin={ahead}, or draft fewer tokens"
-        )
 
 
 def _check_ids(ids: Tensor) -> Tensor:
