@@ -42,6 +42,7 @@ class _Backend(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str: ...
     def token(self, number: int) -> str | None: ...
     def number(self, token: str) -> int | None: ...
+    def special(self) -> list[str]: ...
     def save(self, path: Path) -> None: ...
 
 
@@ -76,6 +77,10 @@ class _TokenizersBackend:
     def number(self, token: str) -> int | None:
         number = self._library.token_to_id(token)
         return None if number is None else int(number)
+
+    def special(self) -> list[str]:
+        added = self._library.get_added_tokens_decoder().values()
+        return [str(token.content) for token in added if token.special]
 
     def save(self, path: Path) -> None:
         self._library.save(str(path))
@@ -141,6 +146,9 @@ class _SentencePieceBackend:
         # an unknown piece gives the id of <unk>
         return number if self._library.id_to_piece(number) == token else None
 
+    def special(self) -> list[str]:
+        return list(self._control)
+
     def save(self, path: Path) -> None:
         path.write_bytes(self._library.serialized_model_proto())
 
@@ -189,7 +197,8 @@ class DecodeStream:
 class Tokenizer:
     """A Gemma 2 tokenizer. Make one with `from_pretrained`.
 
-    `bos_id`, `eos_id` and `pad_id` are None where the files name no such token.
+    `bos_id`, `eos_id` and `pad_id` are None where the files name no such token, `start_of_turn_id`
+    and `end_of_turn_id` where the vocabulary has none.
     """
 
     def __init__(self, backend: _Backend, special: Mapping[str, Any] | None = None) -> None:
@@ -199,6 +208,16 @@ class Tokenizer:
         self.bos_id = self._find("bos")
         self.eos_id = self._find("eos")
         self.pad_id = self._find("pad")
+        self.start_of_turn_id = backend.number(_TURN)
+        self.end_of_turn_id = backend.number(_END_OF_TURN)
+        found = (
+            self.bos_id, self.eos_id, self.pad_id, self.start_of_turn_id, self.end_of_turn_id,
+        )  # fmt: skip
+        self._structure = {n: str(backend.token(n)) for n in found if n is not None}
+        texts = {*backend.special(), *self._structure.values()}
+        # a lookahead finds those that begin inside of another one, too
+        pattern = "|".join(map(re.escape, sorted(texts)))
+        self._begins_special = re.compile(f"(?={pattern})") if pattern else None
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Tokenizer:
@@ -271,14 +290,41 @@ class Tokenizer:
         """Give how the token `number` is written in the vocabulary, None if there is none."""
         return self._backend.token(number)
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Give the token ids of `text`. `add_bos`: begin with one begin-of-sequence token.
+    def encode(self, text: str, add_bos: bool = True, allow_special: bool = True) -> list[int]:
+        """Give the token ids of `text`.
 
-        Special tokens that are written out in the text count as such.
+        Args:
+            add_bos: begin with one begin-of-sequence token.
+            allow_special: special tokens that are written out in the text count as such. False:
+                they are letters like all others, so that text from elsewhere can end no turn.
+
+        Raises:
+            ValueError: without special tokens, but the vocabulary has no letters for one.
         """
         if not isinstance(text, str):
             raise TypeError(f"encode: text is {type(text).__name__}: it must be a string")
-        return self._encode([text], add_bos)[0]
+        if allow_special:
+            return self._encode([text], add_bos)[0]
+        ids = self._encode_letters(text)
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def _encode_letters(self, text: str) -> list[int]:
+        """Give the ids of `text` as letters, without a special token among them."""
+        if self._begins_special is None:
+            return self._encode([text], add_bos=False)[0]
+        # Cut after its first letter, a special token is none any more, in either library.
+        cuts = [match.start() + 1 for match in self._begins_special.finditer(text)]
+        edges = zip([0, *cuts], [*cuts, len(text)], strict=True)
+        rows = self._encode([text[first:end] for first, end in edges], add_bos=False)
+        ids = [number for row in rows for number in row]
+        present = set(ids)
+        for number, name in self._structure.items():
+            if number in present:
+                raise ValueError(
+                    f"encode: the text comes out with the special token {name}: the vocabulary "
+                    "has no other way to write it; leave it out"
+                )
+        return ids
 
     def _encode(self, texts: Sequence[str], add_bos: bool) -> list[list[int]]:
         rows = self._backend.encode(texts)
@@ -335,16 +381,18 @@ class Tokenizer:
 
         `messages` are {"role", "content"} with the roles "user" and "assistant" (or "model") in
         turn, the user first. `add_generation_prompt`: end with the head of the model's turn. The
-        result has one begin-of-sequence token: give it to the model as it is.
+        result has one begin-of-sequence token: give it to the model as it is. Special tokens that
+        are written out in a message are letters there: a message cannot leave its turn.
         Format: the chat template of google/gemma-2-2b-it.
 
         Raises:
             ValueError: a system message, roles out of turn, or a vocabulary without turns.
         """
-        for token in (_TURN, _END_OF_TURN):
-            if self._backend.number(token) is None:
-                raise ValueError(f"encode_chat: the vocabulary has no {token}: it knows no turns")
-        text = ""
+        head, end = self.start_of_turn_id, self.end_of_turn_id
+        if head is None or end is None:
+            lacking = _TURN if head is None else _END_OF_TURN
+            raise ValueError(f"encode_chat: the vocabulary has no {lacking}: it knows no turns")
+        ids = [] if self.bos_id is None else [self.bos_id]
         for i, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             if role == "system":
@@ -363,10 +411,11 @@ class Tokenizer:
                     f"encode_chat: messages[{i}] has the content {content!r}: it must be a string"
                 )
             name = "model" if wanted == "assistant" else "user"
-            text += f"{_TURN}{name}\n{content.strip()}{_END_OF_TURN}\n"
+            ids += [head, *self._encode_letters(f"{name}\n{content.strip()}"), end]
+            ids += self._encode_letters("\n")
         if add_generation_prompt:
-            text += f"{_TURN}model\n"
-        return self.encode(text)
+            ids += [head, *self._encode_letters("model\n")]
+        return ids
 
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """Give the text of `ids`, a sequence of integers or an int tensor [S].
