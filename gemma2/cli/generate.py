@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from gemma2.cli.options import DEFAULT_NEW_TOKENS, Commands, sampling_options, weights_options
+from gemma2.cli.options import (
+    Commands,
+    check_sampling,
+    sampling_of,
+    sampling_options,
+    weights_options,
+)
 from gemma2.cli.shared import device_of, load_causal_lm, per_second, say, set_threads, texts_of
 
 if TYPE_CHECKING:
@@ -37,7 +42,7 @@ def add(commands: Commands) -> None:
         "write text, streaming it as it comes",
         EXAMPLES,
         weights_options(),
-        sampling_options(),
+        sampling_options(new_tokens=128),
     )
     generate.add_argument(
         "text", nargs="+", metavar="TEXT", help="what to continue, each on its own; - reads stdin"
@@ -57,12 +62,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    wants_sampling = args.sample or any(
-        getattr(args, name) is not None
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-    )
-    if args.greedy and wants_sampling:
-        args.parser.error("--greedy takes no other sampling option")
+    check_sampling(args)
     if args.raw and args.model is not None:
         args.parser.error(
             "--raw is for the embedded model: with --model, TEXT is continued as it is"
@@ -74,19 +74,7 @@ def _run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model, tokenizer = load_causal_lm(args, device_of(args))
     load_seconds = time.perf_counter() - start
-
-    options: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    }
-    if args.greedy or wants_sampling:
-        options["do_sample"] = not args.greedy
-    settings = model.generation_config
-    options["max_new_tokens"] = args.max_new_tokens or settings.max_new_tokens or DEFAULT_NEW_TOKENS
-    seed = args.seed
-    if seed is None and (wants_sampling or (settings.do_sample and not args.greedy)):
-        # named in the output, so that a text that somebody likes can be had again
-        seed = int.from_bytes(os.urandom(4), "little")
+    options, seed = sampling_of(args, model.generation_config)
     for number, text in enumerate(texts):
         ids = _prompt_ids(args, tokenizer, text)
         shown = not (args.json or args.no_stream)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma2 import GenerationConfig
 
 __all__ = [
-    "DEFAULT_NEW_TOKENS",
     "DTYPES",
     "INF",
     "SIZES",
     "Commands",
+    "check_sampling",
     "count",
     "number",
+    "sampling_of",
     "sampling_options",
     "weights_options",
 ]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SIZES = ("2b", "9b", "27b")
-DEFAULT_NEW_TOKENS = 128
 INF = float("inf")
 
 
@@ -88,12 +92,17 @@ def weights_options() -> argparse.ArgumentParser:
     return weights
 
 
-def sampling_options() -> argparse.ArgumentParser:
-    """Give the options of a command that writes text: how long it gets, and how tokens are chosen."""
+def sampling_options(new_tokens: int) -> argparse.ArgumentParser:
+    """Give the options of a command that writes text: how long it gets, and how tokens are chosen.
+
+    Args:
+        new_tokens: that are written at most if neither the user nor the model says how many.
+    """
     writing = argparse.ArgumentParser(add_help=False)
+    writing.set_defaults(default_new_tokens=new_tokens)
     writing.add_argument(
         "--max-new-tokens", type=count, metavar="N",
-        help=f"at most so many (the model's own setting, or {DEFAULT_NEW_TOKENS})",
+        help=f"at most so many (the model's own setting, or {new_tokens})",
     )  # fmt: skip
     sampling = writing.add_argument_group("sampling (any of these but --greedy turns it on)")
     sampling.add_argument("--greedy", action="store_true", help="the most probable token each time")
@@ -125,3 +134,38 @@ def sampling_options() -> argparse.ArgumentParser:
         help="above 1: avoid what has occurred (also when greedy)",
     )  # fmt: skip
     return writing
+
+
+_CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def _wants_sampling(args: argparse.Namespace) -> bool:
+    turn_on = ("temperature", "top_k", "top_p", "min_p", "seed")
+    return args.sample or any(getattr(args, name) is not None for name in turn_on)
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """End with wrong usage where the options of `sampling_options` contradict each other."""
+    if args.greedy and _wants_sampling(args):
+        args.parser.error("--greedy takes no other sampling option")
+
+
+def sampling_of(
+    args: argparse.Namespace, settings: GenerationConfig
+) -> tuple[dict[str, Any], int | None]:
+    """Give what `sampling_options` found as options of `generate`, and the seed, None if greedy.
+
+    A seed is drawn where none is given: it can be named, so that a text that somebody likes can be
+    had again.
+    """
+    options = {name: getattr(args, name) for name in _CHOICES}
+    sampling = _wants_sampling(args)
+    if args.greedy or sampling:
+        options["do_sample"] = not args.greedy
+    options["max_new_tokens"] = (
+        args.max_new_tokens or settings.max_new_tokens or args.default_new_tokens
+    )
+    seed = args.seed
+    if seed is None and (sampling or (settings.do_sample and not args.greedy)):
+        seed = int.from_bytes(os.urandom(4), "little")
+    return {name: value for name, value in options.items() if value is not None}, seed
