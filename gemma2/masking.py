@@ -23,7 +23,7 @@ from gemma2.cache import HybridCache
 from gemma2.config import Gemma2Config
 from gemma2.ring import readable
 
-__all__ = ["Layout", "Masks", "lay_out", "prepare"]
+__all__ = ["Layout", "Masks", "additive", "lay_out", "prepare"]
 
 Masks = dict[str, Tensor | None]  # by kind of layer; None: the ordinary rule
 
@@ -475,13 +475,18 @@ def _checked_mask(
             f"{columns}]: a column for each of {past} cached tokens and of this call's {s}"
         )
     mask = mask[..., :columns]  # static caches come with columns for tokens that are yet to be
-    if mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point():
+    if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
             f"{name}: is {mask.dtype}: a 4-D mask is bool (True = visible) or floating (added to "
             "the scores)"
         )
+    return additive(mask)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """Give a floating mask in float32 with -inf for what it hides, and a bool one as it is."""
+    if mask.dtype == torch.bool:
+        return mask
     # float16 cannot say -1e9: its lowest number is what hides there
     lowest = max(_HIDDEN, torch.finfo(mask.dtype).min)
     return mask.float().masked_fill(mask <= lowest, float("-inf"))

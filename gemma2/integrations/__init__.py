@@ -1,0 +1,1 @@
+"""Our kernels inside other libraries: each module is imported only by those whom it serves."""
