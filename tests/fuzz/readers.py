@@ -1,0 +1,190 @@
+"""Who reads untrusted files: for each a healthy folder, what is damaged, and what must come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gemma2 import Gemma2Config, Gemma2ForCausalLM
+from gemma2.generation.config import GenerationConfig
+from gemma2.tokenizer import Tokenizer
+from tests.fuzz import damage, expected, samples
+from tests.fuzz.samples import Folder
+
+
+class WrongError(Exception):
+    """A reader has accepted a folder and made something else of it than the folder says."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`healthy`: folders to damage; `focus`: files that are damaged most; `read`: reads a folder.
+
+    `read` raises an error that names the file, or `WrongError`, or the folder was read as it is.
+    """
+
+    healthy: Callable[[], list[Folder]]
+    focus: list[str]
+    read: Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    reader: str
+    folder: Folder
+    said: list[str]
+
+
+def _model(folder: Path) -> Gemma2ForCausalLM:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Gemma2ForCausalLM.from_pretrained(folder)
+    wanted = expected.hub(folder)
+    if not any(name.startswith("model.") for name in wanted):  # a body that was saved alone
+        wanted = {f"model.{name}": value for name, value in wanted.items()}
+    wanted.setdefault("model.embed_tokens.weight", wanted.get("lm_head.weight", torch.empty(0)))
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    if wrong := expected.difference(found, wanted):
+        raise WrongError(wrong)
+    return model
+
+
+def _config(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = Gemma2Config.from_pretrained(folder)
+    said = json.loads((folder / "config.json").read_bytes())
+    for item in dataclasses.fields(config):
+        value, told = getattr(config, item.name), said.get(item.name)
+        if item.name in ("extra", "dtype", "id2label", "num_labels") or told is None:
+            continue
+        if value != told:
+            raise WrongError(f"{item.name} is {value!r}, the file says {told!r}")
+    again = Gemma2Config.from_dict(json.loads(config.to_json().encode()))
+    if again != config:
+        raise WrongError("written and read again it is another configuration")
+    if config.num_hidden_layers <= 50:
+        _model(folder)
+
+
+def _generation_config(folder: Path) -> None:
+    config = GenerationConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    said = json.loads(path.read_bytes()) if path.exists() else {}
+    for name, told in said.items():
+        value = config.extra[name] if name in config.extra else getattr(config, name)
+        if told is not None and value != told:
+            raise WrongError(f"{name} is {value!r}, the file says {told!r}")
+    written = json.dumps(config.to_dict(), allow_nan=False)
+    if GenerationConfig.from_dict(json.loads(written)) != config:
+        raise WrongError("written and read again it is another configuration")
+    _model(folder)
+
+
+def _tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(folder)
+    text = "an <eos> inner star \N{GRINNING FACE}"
+    ids = tokenizer.encode(text)
+    if ids.count(tokenizer.bos_id) != (tokenizer.bos_id is not None):  # type: ignore[arg-type]
+        raise WrongError(f"{ids} begins with more or less than one {tokenizer.bos_id}")
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise WrongError(f"{ids} are no token ids")
+    if not isinstance(tokenizer.decode(ids), str):
+        raise WrongError("decoding gives no text")
+    stream = tokenizer.decode_stream()
+    "".join([*map(stream.put, ids), stream.end()])
+
+
+READERS: dict[str, Reader] = {
+    "safetensors": Reader(lambda: [samples.one_file()], ["model.safetensors"], _model),
+    "index": Reader(lambda: [samples.shards()], ["model.safetensors.index.json"], _model),
+    "bin": Reader(lambda: [samples.pickle_file()], ["pytorch_model.bin"], _model),
+    "bin index": Reader(
+        lambda: [samples.pickle_shards()],
+        ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+        _model,
+    ),
+    "config": Reader(lambda: [samples.one_file()], ["config.json"], _config),
+    "generation_config": Reader(
+        lambda: [samples.one_file()], ["generation_config.json"], _generation_config
+    ),
+    "tokenizer": Reader(
+        lambda: [samples.tokenizer()], ["tokenizer.json", "tokenizer_config.json"], _tokenizer
+    ),
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn, reader: str) -> Case:
+    """A damaged folder for `reader`; some are left whole, since those must be read."""
+    who = {**READERS, **PLANTED}[reader]
+    folder = dict(draw(st.sampled_from(who.healthy())))
+    said: list[str] = []
+    for _ in range(draw(st.sampled_from([0, *[1] * 12, 2, 2, 3]))):
+        damage.one(draw, folder, who.focus, said)
+    return Case(reader, folder, said)
+
+
+# ---- broken readers, with which the campaign is tested ------------------------------------------
+
+_hoard: list[Any] = []
+
+
+def _raises(folder: Path) -> None:
+    raise KeyError("weight_map")
+
+
+def _hangs(folder: Path) -> None:
+    while True:
+        pass
+
+
+def _waits(folder: Path) -> None:
+    import time
+
+    time.sleep(1000)
+
+
+def _allocates(folder: Path) -> None:
+    _hoard.append(torch.ones(50_000_000))
+    _hoard.clear()
+
+
+def _crashes(folder: Path) -> None:
+    import ctypes
+
+    ctypes.string_at(0)
+
+
+def _leaves_a_name_out(folder: Path) -> None:
+    raise ValueError("a file is damaged")
+
+
+def _gives_wrong_weights(folder: Path) -> None:
+    model = samples.model()
+    found = {name: value + 1 for name, value in model.named_parameters()}
+    if wrong := expected.difference(found, expected.hub(folder)):
+        raise WrongError(wrong)
+
+
+PLANTED: dict[str, Reader] = {
+    f"planted {name}": Reader(lambda: [samples.one_file()], ["config.json"], read)
+    for name, read in {
+        "KeyError": _raises,
+        "hang": _hangs,
+        "wait": _waits,
+        "memory": _allocates,
+        "crash": _crashes,
+        "nameless": _leaves_a_name_out,
+        "wrong": _gives_wrong_weights,
+    }.items()
+}
