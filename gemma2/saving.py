@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
-import secrets
-import shutil
 import struct
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gemma2.config import Gemma2Config
+from gemma2.staging import staged_folder
 from gemma2.weights import (
     CONFIG,
     DTYPES,
     GENERATION_CONFIG,
     LM_HEAD,
-    REPLACING,
     SAFE,
     SAFE_INDEX,
     PathLike,
@@ -32,8 +27,8 @@ from gemma2.weights import (
     slots_of,
 )
 
-_WRITING = ".saving-"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+HUB_ENTRIES = (SAFE, SAFE_INDEX)
+HUB_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _SAVED_AS = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -100,29 +95,13 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
     }
 
 
-@contextlib.contextmanager
-def _synced(path: Path) -> Iterator[Any]:
-    """Open `path` for writing and leave only when its bytes are on the disk."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name != "posix":  # other systems cannot open a folder
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int], object]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    parts: Callable[[str], Iterable[Tensor]],
+    advance: Callable[[int], object],
 ) -> None:
-    """Write one file tensor by tensor, so that the peak is one tensor and not one shard.
+    """Write one file part by part, so that the peak is one tensor or less and not one shard.
 
     The format: uint64 length of the header, the header as JSON padded with spaces, the data. Wider
     types come first and the data begins at a multiple of 64 bytes, so that each tensor is aligned.
@@ -140,19 +119,51 @@ def _write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)
-    with _synced(path) as file:
+    with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for _, tensor in ordered:
-            if tensor.numel():
-                flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(flat.numpy().data)
-            advance(tensor.numel() * tensor.element_size())
+        for name, _ in ordered:
+            for part in parts(name):
+                advance(file.write(bytes_of(part)))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Give the bytes of a tensor's elements in order; of a dense one on the CPU without a copy."""
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data
 
 
 def _write_text(path: Path, text: str) -> None:
-    with _synced(path) as file:
-        file.write(text.encode())
+    path.write_bytes(text.encode())
+
+
+def write_hub(
+    folder: Path,
+    texts: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    parts: Callable[[str], Iterable[Tensor]],
+    limit: int,
+    advance: Callable[[int], object],
+) -> None:
+    """Write a checkpoint in the hub's layout into the empty `folder`.
+
+    texts: the small files and what is in them.
+    tensors: what is written, in order; only shapes and dtypes count, so that they may be on meta.
+    parts: gives a tensor's elements in order, in one part or several.
+    limit: bytes in a shard.
+    advance: is told of bytes written.
+    """
+    shards = _shards(tensors, limit)
+    texts = dict(texts)
+    if SAFE not in shards:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[SAFE_INDEX] = json.dumps(index, indent=2) + "\n"
+    for file, names in shards.items():
+        _write_safetensors(folder / file, {name: tensors[name] for name in names}, parts, advance)
+    for file, text in texts.items():
+        _write_text(folder / file, text)
 
 
 def save_pretrained(
@@ -168,10 +179,11 @@ def save_pretrained(
     `max_shard_size` (bytes, "5GB" = 5e9, "5GiB" = 5 * 2**30) with their index. A tied head is not
     written.
 
-    Everything is first written and synced in a hidden folder inside; only then are the files moved
-    into place by renaming, with the file that makes the weights visible removed first and moved
-    last. Interrupted before that moment, the folder is as it was; during it, loading says what
-    happened. Other files in the folder stay; shards of an older checkpoint are removed.
+    Everything is first written and synced in a hidden folder; a new folder then gets its name, and
+    in an existing one the files are moved into place by renaming, with the file that makes the
+    weights visible removed first and moved last. Interrupted before that moment, the folder is as
+    it was; during it, loading says what happened. Other files in the folder stay; shards of an
+    older checkpoint are removed.
 
     Raises:
         ValueError: a size that cannot be read, a model on the meta device, a head that is no longer
@@ -186,47 +198,18 @@ def save_pretrained(
     texts = {CONFIG: _config_text(model)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        values = generation.to_dict()
-        texts[GENERATION_CONFIG] = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    shards = _shards(tensors, limit)
+        texts[GENERATION_CONFIG] = generation_text(generation)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    entry = SAFE
-    if SAFE not in shards:
-        entry = SAFE_INDEX
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[SAFE_INDEX] = json.dumps(index, indent=2) + "\n"
+    with (
+        staged_folder(path, HUB_ENTRIES, HUB_SHARD) as writing,
+        progress_bar(total, f"Saving {path.name}", progress) as advance,
+    ):
+        write_hub(writing, texts, tensors, lambda name: [tensors[name]], limit, advance)
 
-    created = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    writing, replacing = path / (_WRITING + token), path / (REPLACING + token)
-    try:
-        writing.mkdir()
-        with progress_bar(total, f"Saving {path.name}", progress) as advance:
-            for file, names in shards.items():
-                part = {name: tensors[name] for name in names}
-                _write_safetensors(writing / file, part, advance)
-        for file, text in texts.items():
-            _write_text(writing / file, text)
-        _sync_folder(writing)
-        # From here on a reader must not mix old and new files: the new name says so.
-        writing.rename(replacing)
-        _sync_folder(path)
-    except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
-        if created:
-            with contextlib.suppress(OSError):  # somebody else has put a file there
-                path.rmdir()
-        raise
-    for old in (SAFE, SAFE_INDEX):
-        (path / old).unlink(missing_ok=True)
-    for file in [*(name for name in (*texts, *shards) if name != entry), entry]:
-        (replacing / file).replace(path / file)
-    _sync_folder(path)
-    replacing.rmdir()
-    _remove_stale(path, set(shards))
-    _sync_folder(path)
+
+def generation_text(generation: Any) -> str:
+    """Give the text of a ``generation_config.json``."""
+    return json.dumps(generation.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def _config_text(model: nn.Module) -> str:
@@ -240,17 +223,3 @@ def _config_text(model: nn.Module) -> str:
         dtype=str(dtype).removeprefix("torch."),
     )
     return written.to_json()
-
-
-def _remove_stale(folder: Path, shards: set[str]) -> None:
-    """Remove the shards of an older checkpoint and what interrupted saves have left."""
-    for item in folder.iterdir():
-        if _SHARD.fullmatch(item.name) and item.name not in shards:
-            item.unlink(missing_ok=True)
-        elif item.name.startswith(REPLACING):
-            shutil.rmtree(item, ignore_errors=True)
-        elif item.name.startswith(_WRITING):
-            # another process may be at work in a young one
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - item.stat().st_mtime > 3600:
-                    shutil.rmtree(item, ignore_errors=True)

@@ -759,9 +759,9 @@ def test_an_interrupted_save_leaves_the_old_or_says_so(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving.os, "fsync", counted(os.fsync))
+        patch.setattr(os, "fsync", counted(os.fsync))
         for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
-            patch.setattr(saving.Path, name, counted(getattr(Path, name)))
+            patch.setattr(Path, name, counted(getattr(Path, name)))
         patch.setattr(saving, "_write_text", counted(saving._write_text))
         try:
             save_pretrained(new, folder, max_shard_size="20KB")
@@ -793,7 +793,7 @@ def test_a_failed_first_save_leaves_no_folder(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(tiny(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
