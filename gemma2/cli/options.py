@@ -18,6 +18,7 @@ __all__ = [
     "check_sampling",
     "count",
     "number",
+    "sampling_given",
     "sampling_of",
     "sampling_options",
     "weights_options",
@@ -148,6 +149,12 @@ def check_sampling(args: argparse.Namespace) -> None:
     """End with wrong usage where the options of `sampling_options` contradict each other."""
     if args.greedy and _wants_sampling(args):
         args.parser.error("--greedy takes no other sampling option")
+
+
+def sampling_given(args: argparse.Namespace) -> bool:
+    """Tell whether one of the options of `sampling_options` was given."""
+    others = (args.repetition_penalty, args.max_new_tokens)
+    return _wants_sampling(args) or args.greedy or any(value is not None for value in others)
 
 
 def sampling_of(

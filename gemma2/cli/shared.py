@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CommandError",
+    "check_utf8",
     "device_of",
     "dtype_of",
     "embedded",
@@ -51,14 +52,19 @@ def texts_of(arguments: Sequence[str]) -> list[str]:
                 raise CommandError(
                     f"stdin is not UTF-8: byte {error.start}: {error.reason}"
                 ) from error
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # what is not UTF-8 comes as surrogates
-            raise CommandError(f"TEXT is not UTF-8, at character {error.start}") from error
+        check_utf8("TEXT", text)
         if not text.strip():
             raise CommandError("TEXT is empty" if argument != "-" else "stdin is empty")
         texts.append(text)
     return texts
+
+
+def check_utf8(name: str, text: str) -> None:
+    """Raise for a text that the system gave us in another encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # what is not UTF-8 comes as surrogates
+        raise CommandError(f"{name} is not UTF-8, at character {error.start}") from error
 
 
 def model_folder(name: str) -> Path:

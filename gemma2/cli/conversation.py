@@ -1,0 +1,314 @@
+"""A conversation with a model: its tokens, its messages, and the cache that has read them.
+
+The tokens are the truth. What the model writes is kept as it was written and never tokenised again, and
+a new message is tokenised alone and appended, so the cache always holds the beginning of the next
+prompt and the model reads each token once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma2.cache import HybridCache
+from gemma2.cli.shared import CommandError, per_second
+from gemma2.generation import GenerationConfig
+
+if TYPE_CHECKING:
+    from gemma2 import Gemma2ForCausalLM, Tokenizer
+
+__all__ = ["Conversation", "Definitions"]
+
+_SETTINGS = {item.name for item in dataclasses.fields(GenerationConfig)} - {"extra"}
+
+# Ctrl-C is heeded between chunks while a prompt is read.
+_CHUNK_ON_CPU = 256
+
+
+class _Stopped(KeyboardInterrupt):
+    """The user has enough of an answer; raised where nothing is half done."""
+
+
+class _CountingCache(HybridCache):
+    """Counts the tokens that the model reads, and refuses to let it read once `stopped` is set."""
+
+    read = 0
+    stopped = False
+
+    def begin(self, q_start: Tensor, kv_len: Tensor, columns: int, dtype: torch.dtype) -> None:
+        if self.stopped:
+            raise _Stopped
+        super().begin(q_start, kv_len, columns, dtype)
+
+    def commit(self, q_start: Tensor, kv_len: Tensor, columns: int) -> None:
+        super().commit(q_start, kv_len, columns)
+        self.read += columns
+
+    def advance(self, n: int) -> None:  # a replayed graph has read them
+        super().advance(n)
+        self.read += n
+
+
+class Conversation:
+    """Messages of a user and a model in turn.
+
+    Args:
+        options: of `generate`; `max_new_tokens` among them.
+        context: tokens that the conversation can have.
+        seed: of the first answer when sampling; each later one has the next. None: greedy.
+
+    Attributes:
+        ids: every token of the conversation so far. The model has read all but the last few.
+        messages: the same as {"role": "user" or "assistant", "content"}.
+        last: figures of the last answer; empty before it.
+
+    Raises:
+        ValueError: the vocabulary knows no turns.
+    """
+
+    def __init__(
+        self,
+        model: Gemma2ForCausalLM,
+        tokenizer: Tokenizer,
+        options: Mapping[str, Any],
+        context: int,
+        seed: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.options, self.context, self.seed = dict(options), context, seed
+        self.written = 0  # answers, for their seeds
+        self._end = self._end_of_turn()
+        own = model.generation_config.eos_token_ids
+        ends = {*own, self._end, tokenizer.eos_id}
+        self._ends = sorted(end for end in ends if end is not None)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.ids: list[int] = []
+        self.messages: list[dict[str, str]] = []
+        self.last: dict[str, Any] = {}
+        self._answers: list[int] = []  # where in `ids` each answer begins
+        self.cache = _CountingCache(self.model.config, 1)
+
+    # ---- tokens of a turn -----------------------------------------------------------------------
+
+    def _end_of_turn(self) -> int | None:
+        self.tokenizer.encode_chat([])  # raises without turns
+        return self.tokenizer.end_of_turn_id
+
+    def _prompt(self, text: str) -> list[int]:
+        """Give the conversation's tokens with `text` as the user's next message, up to the answer."""
+        turn = self.tokenizer.encode_chat([{"role": "user", "content": text}])
+        if not self.ids:
+            return turn
+        first = 0 if self.tokenizer.bos_id is None else 1
+        return [*self.ids, *self.tokenizer.encode("\n", add_bos=False), *turn[first:]]
+
+    def _closed(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
+        """Give prompt and answer with one end of turn, whether the model wrote it or not."""
+        body = answer[:-1] if answer and answer[-1] in self._ends else answer
+        return [*prompt, *body, *([] if self._end is None else [self._end])]
+
+    # ---- answers --------------------------------------------------------------------------------
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Give the answer to a message in pieces; it is in the history when the last has been taken.
+
+        `stop` ends it earlier. KeyboardInterrupt if that was before its first word: then the message
+        is not in the history either.
+
+        Raises:
+            CommandError: the message is empty, or the context is full. Nothing has been changed.
+        """
+        if not text.strip():
+            raise CommandError("the message is empty")
+        message = {"role": "user", "content": text.strip()}
+        return self._answer(self._prompt(text), [*self.messages, message], self._answers)
+
+    def ask_again(self) -> Iterator[str]:
+        """Give another answer to the last message, in place of the last one; as `ask`."""
+        if not self.messages:
+            raise CommandError("there is no answer yet that could be written again")
+        prompt = self.ids[: self._answers[-1]]
+        return self._answer(prompt, self.messages[:-1], self._answers[:-1])
+
+    def stop(self) -> None:
+        """Let the answer end after the token that is being computed; for signal handlers."""
+        self.cache.stopped = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` has been called during this answer."""
+        return self.cache.stopped
+
+    def _answer(
+        self, prompt: list[int], messages: list[dict[str, str]], answers: list[int]
+    ) -> Iterator[str]:
+        room = self.context - len(prompt)
+        if room < 1:
+            raise CommandError(
+                f"the context is full: with this message the conversation has {len(prompt)} tokens, "
+                f"and there is room for {self.context}: /reset begins a new one, /save FILE keeps "
+                "this one, and --context N makes more room where the model allows it"
+            )
+        return self._write(prompt, messages, answers, room)
+
+    def _write(
+        self, prompt: list[int], messages: list[dict[str, str]], answers: list[int], room: int
+    ) -> Iterator[str]:
+        cache, options = self.cache, dict(self.options)
+        most = min(options.pop("max_new_tokens"), room)
+        seed = None if self.seed is None else (self.seed + self.written) % 2**63
+        cache.stopped = False
+        decoder = self.tokenizer.decode_stream()
+        tokens: list[int] = []
+        pieces: list[str] = []
+        read = cache.read
+        start = first = time.perf_counter()
+        content = torch.tensor([prompt], device=self.model.device)
+        steps = self.model.stream(
+            content,
+            # all of it are tokens, even one that is called padding and that the model has written
+            attention_mask=torch.ones_like(content),
+            past_key_values=cache,
+            max_new_tokens=most,
+            eos_token_id=self._ends,
+            prefill_chunk_size=_CHUNK_ON_CPU if content.device.type == "cpu" else None,
+            seed=seed,
+            **options,
+        )
+        try:
+            for step in steps:
+                if not tokens:
+                    first = time.perf_counter()
+                    read = cache.read - read
+                tokens.append(int(step))
+                piece = "" if tokens[-1] in self._ends else decoder.put(tokens[-1])
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+                if cache.stopped:
+                    break
+        except _Stopped:
+            if not tokens:
+                raise
+        except KeyboardInterrupt:  # at any moment, even in the midst of writing to the cache
+            cache.reprocessed += cache.get_seq_length()
+            cache.reset()
+            if not tokens:
+                raise
+        finally:
+            steps.close()  # type: ignore[attr-defined]  # a generator
+            if cache.text is None:
+                cache.text = [[*prompt, *tokens][: cache.get_seq_length()]]
+        rest = decoder.end()
+        if rest:
+            pieces.append(rest)
+            yield rest
+        end = time.perf_counter()
+        if tokens[-1] in self._ends:
+            reason = "end"
+        elif len(tokens) < most:
+            reason = "stopped"
+        else:
+            reason = "length" if most < room else "context"
+        self.ids = self._closed(prompt, tokens)
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+        self._answers = [*answers, len(prompt)]
+        self.written += 1
+        self.last = {
+            "text": "".join(pieces),
+            "tokens": tokens,
+            "finish_reason": reason,
+            "seed": seed,
+            "prompt_tokens": len(prompt),
+            "prompt_tokens_read": read,
+            "new_tokens": len(tokens),
+            "prefill_tokens_per_s": per_second(read, first - start),
+            "decode_tokens_per_s": per_second(len(tokens) - 1, end - first),
+        }
+
+    # ---- what is known of it --------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """Give counts of tokens: all, cached, read by the model in all, read again; and bytes."""
+        return {
+            "messages": len(self.messages),
+            "tokens": len(self.ids),
+            "context": self.context,
+            "cached_tokens": self.cache.get_seq_length(),
+            "read_tokens": self.cache.read,
+            "read_again_tokens": self.cache.reprocessed,
+            "cache_bytes": self.cache.nbytes,
+        }
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Give the options, and as `seed` that of the next answer."""
+        if self.seed is None:
+            return dict(self.options)
+        return {**self.options, "seed": (self.seed + self.written) % 2**63}
+
+    def replay(
+        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Take the messages of a conversation for this one's; they are read with the next prompt.
+
+        Args:
+            settings: as `settings` gave them. None or empty: those that this conversation has.
+
+        Raises:
+            TypeError, ValueError: they do not take turns, or the last one has no answer, or the
+                settings make no sense. Nothing has been changed.
+        """
+        options = dict(settings or self.settings())
+        seed = options.pop("seed", None)
+        unknown = sorted(set(options) - _SETTINGS)
+        if unknown:
+            raise ValueError(f"there is no setting {unknown[0]!r}")
+        GenerationConfig(**options)  # raises for values that make no sense
+        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+            raise ValueError(f"the seed is {seed!r}: it must be a whole number in [0, 2**63)")
+        self.tokenizer.encode_chat(messages)  # raises where they are no conversation
+        if len(messages) % 2:
+            raise ValueError("the last message has no answer")
+        self.options = {"max_new_tokens": self.options["max_new_tokens"], **options}
+        self.seed, self.written = seed, 0
+        self.reset()
+        for question, answer in zip(messages[::2], messages[1::2], strict=True):
+            prompt = self._prompt(question["content"])
+            text = answer["content"].strip()
+            body = self.tokenizer.encode(text, add_bos=False, allow_special=False)
+            self.ids = self._closed(prompt, body)
+            self._answers.append(len(prompt))
+            self.messages += [
+                {"role": "user", "content": question["content"].strip()},
+                {"role": "assistant", "content": text},
+            ]
+
+
+class Definitions(Conversation):
+    """The embedded model as a partner: it defines what it is told, and remembers nothing of it."""
+
+    def _end_of_turn(self) -> None:
+        return None
+
+    def _prompt(self, text: str) -> list[int]:
+        from gemma2 import tiny
+
+        return self.tokenizer.encode(tiny.prompt(text), allow_special=False)
+
+    def replay(
+        self, messages: Sequence[Mapping[str, str]], settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuse: there is nothing that a later answer would depend on."""
+        raise ValueError(
+            "the embedded model remembers no conversation: load it with --model FOLDER"
+        )
