@@ -37,6 +37,7 @@ from gemma2.weights import (
     Weights,
     checked_folder,
     find_weights,
+    misfit,
     progress_bar,
     shown,
     slots_of,
@@ -57,7 +58,6 @@ __all__ = [
 _SCORE = ("score.weight", "score.bias")
 _HEADS = (LM_HEAD, *_SCORE)
 _BODY = "model."
-_LISTED = 1000  # keys printed for each kind of problem; the exception holds them all
 
 
 def read_config(folder: PathLike, **overrides: Any) -> Gemma2Config:
@@ -174,10 +174,10 @@ def load_state_dict_into(
     where = checked_device(device)
     weights = folder if isinstance(folder, Weights) else find_weights(folder)
     slots = slots_of(model)
-    fresh = _match(model, slots, weights, new_head)
+    fresh = match(model, slots, weights, new_head)
     tensors = weights.tensors
     filled = [slot for slot in slots if slot.source is not None]
-    _check_twins(filled, weights)
+    check_twins(filled, weights)
     if wanted_dtype is None:
         largest = max(
             (tensors[slot.source] for slot in filled if slot.source is not None),
@@ -217,7 +217,7 @@ def load_state_dict_into(
         config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool) -> list[Slot]:
+def match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool) -> list[Slot]:
     """Find each slot's source in the file, or raise one error; give the slots to be initialised."""
     by_name = {name: slot for slot in slots for name in slot.names}
     names = set(by_name)
@@ -239,7 +239,6 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
             slot.twins.append(key)
 
     missing, mismatched, wrong_dtype = [], [], []
-    lines: list[str] = []
     for slot in slots:
         if slot.source is None:
             missing.append(slot.names[0])
@@ -272,23 +271,18 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
         name = weights.tensors[key].dtype_name
         return f"{shown(key)}: {name}, but a weight is float32, bfloat16, float16 or float64"
 
-    for title, entries in (
-        ("missing in the file", sorted(missing)),
-        ("not part of the model", [shown(key) for key in sorted(unexpected)]),
-        ("of the wrong shape", [shapes(key) for key in sorted(mismatched)]),
-        ("of the wrong dtype", [typed(key) for key in sorted(wrong_dtype)]),
-        ("wrong in the index", weights.problems),
-    ):
-        if entries:
-            lines.append(f"  {title} ({len(entries)}):")
-            lines += [f"    {entry}" for entry in entries[:_LISTED]]
-            if len(entries) > _LISTED:
-                lines.append(f"    ... and {len(entries) - _LISTED} more")
     lost = {*missing, *mismatched}
-    if lost and lost <= set(_SCORE):
-        lines.append("  pass new_head=True to start with a fresh classification head")
-    raise CheckpointError(
-        f"{weights.entry} does not fit {type(model).__name__}:\n" + "\n".join(lines),
+    hint = "pass new_head=True to start with a fresh classification head"
+    raise misfit(
+        f"{weights.entry} does not fit {type(model).__name__}",
+        {
+            "missing in the file": sorted(missing),
+            "not part of the model": [shown(key) for key in sorted(unexpected)],
+            "of the wrong shape": [shapes(key) for key in sorted(mismatched)],
+            "of the wrong dtype": [typed(key) for key in sorted(wrong_dtype)],
+            "wrong in the index": weights.problems,
+        },
+        hint if lost and lost <= set(_SCORE) else None,
         missing=sorted(missing),
         unexpected=sorted(unexpected),
         mismatched=sorted(mismatched),
@@ -296,7 +290,7 @@ def _match(model: nn.Module, slots: list[Slot], weights: Weights, new_head: bool
     )
 
 
-def _check_twins(slots: list[Slot], weights: Weights) -> None:
+def check_twins(slots: list[Slot], weights: Weights) -> None:
     """Check that the copies of a tied weight in the file are equal."""
     for slot in slots:
         for twin in slot.twins:

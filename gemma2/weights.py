@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _PROGRESS_BYTES = 10**9
+_LISTED = 1000  # keys printed for each kind of problem; the exception holds them all
 
 PathLike = str | os.PathLike[str]
 
@@ -69,6 +70,25 @@ class CheckpointError(ValueError):
         self.unexpected = unexpected or []
         self.mismatched = mismatched or []
         self.wrong_dtype = wrong_dtype or []
+
+
+def misfit(
+    title: str, groups: Mapping[str, Sequence[str]], hint: str | None = None, **names: list[str]
+) -> CheckpointError:
+    """Give the error that lists all that is wrong: for each group its name and its entries.
+
+    `hint` is a last line, `names` are the tensors for the fields of `CheckpointError`.
+    """
+    lines = [f"{title}:"]
+    for group, entries in groups.items():
+        if entries:
+            lines.append(f"  {group} ({len(entries)}):")
+            lines += [f"    {entry}" for entry in entries[:_LISTED]]
+            if len(entries) > _LISTED:
+                lines.append(f"    ... and {len(entries) - _LISTED} more")
+    if hint is not None:
+        lines.append(f"  {hint}")
+    return CheckpointError("\n".join(lines), **names)
 
 
 @dataclass(frozen=True)
@@ -128,11 +148,15 @@ class _SafetensorsFile:
             return tensor
 
 
-class _PickleFile:
-    """One file of torch.save. Read with weights_only: tensors and containers, no code."""
+class PickleFile:
+    """One file of torch.save. Read with weights_only: tensors and containers, no code.
 
-    def __init__(self, path: Path) -> None:
+    Its tensors are the values of the dict in it, or of the dict that is there under `key`.
+    """
+
+    def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
+        self.key = key
 
     def _load(self) -> dict[str, Tensor]:
         # Mapping keeps a lying size from taking memory, and leaves out the format before torch 1.6.
@@ -143,6 +167,8 @@ class _PickleFile:
                 f"{self.path}: refused: it is damaged, holds more than tensors, or is older than "
                 "torch 1.6"
             ) from error
+        if self.key is not None and isinstance(state, dict):
+            state = state.get(self.key, state)
         if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
         ):
@@ -191,7 +217,7 @@ class Weights:
 
 
 def _reader(path: Path) -> _File:
-    return _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
+    return _SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
 def checked_folder(folder: PathLike) -> Path:
@@ -228,12 +254,13 @@ def find_weights(folder: PathLike) -> Weights:
             continue
         if name in (SAFE, BIN):
             return Weights(path, entry, _reader(entry).infos())
-        return _from_index(path, entry)
+        return from_index(path, entry)
     held = ", ".join(sorted(item.name for item in path.iterdir())[:20]) or "nothing"
     raise FileNotFoundError(f"{path}: no {SAFE}, {SAFE_INDEX} or {BIN} here; it holds {held}")
 
 
-def _from_index(folder: Path, entry: Path) -> Weights:
+def from_index(folder: Path, entry: Path) -> Weights:
+    """Give the weights of which the index `entry` says in which file of `folder` each lies."""
     try:
         index = read_json(entry)
     except ValueError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.generation import GenerationConfig
-from gemma2.weights import CONFIG, GENERATION_CONFIG, CheckpointError, TensorInfo, shown
+from gemma2.weights import CONFIG, GENERATION_CONFIG, CheckpointError, TensorInfo, misfit, shown
 
 SIZES = {
     "2b": Gemma2Config.gemma2_2b,
@@ -118,13 +118,10 @@ def check_tensors(
         "of the wrong dtype": [f"{name}: {found[name].dtype_name}" for name in wrong_dtype],
         "wrong otherwise": list(problems),
     }
-    lines = []
-    for title, entries in groups.items():
-        if entries:
-            lines += [f"  {title} ({len(entries)}):", *(f"    {item}" for item in entries[:1000])]
-    if lines:
-        raise CheckpointError(
-            f"{entry} does not fit the model:\n" + "\n".join(lines),
+    if any(groups.values()):
+        raise misfit(
+            f"{entry} does not fit the model",
+            groups,
             missing=missing,
             unexpected=unexpected,
             mismatched=mismatched,
