@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,26 +29,9 @@ from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.ring import LayerCache, has_values, keep_address, readable, round_up
+from gemma2.snapshot import CacheSnapshot, common_prefix, take
 
 __all__ = ["CacheSnapshot", "HybridCache"]
-
-
-@dataclass(eq=False)
-class CacheSnapshot:
-    """What `HybridCache.restore` needs: the rings, the lengths, and not the full layers.
-
-    A full layer keeps every position below the row's length, so nothing of it is copied;
-    `_lowest_write` notes whether one of them has been written again since.
-    """
-
-    lengths: Tensor
-    written: Tensor
-    longest: int
-    rings: list[tuple[Tensor, Tensor] | None]
-    history: tuple[Tensor, Tensor] | None
-    _lowest_write: Tensor = field(repr=False)
-    _owner: weakref.ref[HybridCache] = field(repr=False)
-    _stale: str = ""
 
 
 class HybridCache:
@@ -63,13 +45,19 @@ class HybridCache:
         dtype: None: that of the first write. Another one than the model's is kept and widened by
             the kernels.
         margin: at least so many tokens can be taken back after a ring has wrapped.
+        keep_snapshots: how many snapshots `generate` keeps for going back further than the margin:
+            of the end of the text as it finds it, and of the prompt's end, where the rings are about
+            to forget them; the oldest go first. With two, the last answer can be written again and
+            the last message be changed while nothing before them is read again. Each takes up to
+            what the rings take: 225 MB a row for the 2B model in bfloat16.
 
     Attributes:
         lengths: int64 [max_batch_size] on the device, real tokens of each row.
         max_cache_len: tokens a row can hold now.
-        reprocessed: tokens processed again by generation because `crop` could not go back so far.
-        text: the tokens of each row, a list each, known after `generate` until something else changes
-            the cache; None: not known.
+        reprocessed: tokens processed again by generation because neither the rings nor a snapshot
+            reach back so far.
+        text: the tokens of each row, a list each, known after `generate` until the model is called
+            by hand; rows without a list, and all if it is None, are not known.
 
     Raises:
         TypeError, ValueError: an argument makes no sense; the text names it.
@@ -84,6 +72,7 @@ class HybridCache:
         dtype: torch.dtype | None = None,
         *,
         margin: int = 64,
+        keep_snapshots: int = 0,
     ) -> None:
         if not isinstance(config, Gemma2Config):
             raise TypeError(
@@ -93,6 +82,7 @@ class HybridCache:
         if max_cache_len is not None:
             _check_count("max_cache_len", max_cache_len, 1)
         _check_count("margin", margin, 0)
+        _check_count("keep_snapshots", keep_snapshots, 0)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"HybridCache: dtype is {dtype}: it must be a floating torch.dtype")
         self.max_batch_size = max_batch_size
@@ -103,18 +93,20 @@ class HybridCache:
         self.growable = max_cache_len is None
         self.max_cache_len = 0
         self.reprocessed = 0
+        self.keep_snapshots = keep_snapshots
         self.layers = [
             LayerCache(config.layer_window(i), margin) for i in range(config.num_hidden_layers)
         ]
         self._longest = 0  # upper bound of lengths; exact where lengths are readable
         self._uncounted = False  # whether it is only max_cache_len, after a compiled call
-        # the tokens of each row, known after generate() until something else changes the rows
+        # always what the rows begin with: shortened before they are, and lengthened after
         self.text: list[list[int]] | None = None
         self._make_counters(self.device or torch.device("cpu"))
         # position_ids and start of the document of every position, int64 [B, max_cache_len + 1],
         # made once they say more than "position p, one document"; the last column takes padding
         self._history: tuple[Tensor, Tensor] | None = None
-        self._snapshots: weakref.WeakSet[CacheSnapshot] = weakref.WeakSet()
+        self._snapshots: weakref.WeakSet[CacheSnapshot] = weakref.WeakSet()  # the user's
+        self._kept: list[CacheSnapshot] = []  # by keep_snapshot(), oldest first
         if max_cache_len is not None:
             self._resize(max_cache_len)
             if self.device is not None and dtype is not None:
@@ -194,8 +186,7 @@ class HybridCache:
         for snapshot in self._snapshots:
             # an empty chunk writes nothing, and q_start is below zero only where nothing is kept
             first = torch.where(kv_len > self.lengths[:batch], q_start.clamp(min=0), kv_len)
-            low = snapshot._lowest_write
-            low[:batch].copy_(torch.minimum(low[:batch], first))
+            snapshot.note_write(first)
         if all(layer.holds(columns) for layer in self.layers):
             # Written as the layers go, so counted even if a later layer fails. Longer calls write
             # after the last layer, or have nothing to lose.
@@ -358,9 +349,9 @@ class HybridCache:
         target = torch.where(wanted < 0, lengths + wanted, torch.minimum(wanted, lengths))
         # rows that are not in use have nothing to drop
         target = target.masked_fill(lengths == 0, 0)
-        floor = self._least_crop(rows)
-        # with nothing kept there is nothing to miss, so 0 is always possible
-        bad = (target < 0) | ((target < floor) & (target > 0))
+        floor = self.least_crop(written)
+        # with nothing kept there is nothing to miss, so 0 is always possible, as is no change
+        bad = (target < 0) | ((target < floor) & (target > 0) & (target < lengths))
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             least, length = int(floor[row]), int(lengths[row])
@@ -370,14 +361,17 @@ class HybridCache:
                 f"{least - length}). What came before has been overwritten in the sliding layers; "
                 "use snapshot() and restore() to go back further"
             )
-        self.text = None
+        if self.text is not None:
+            counts = target.tolist()
+            self.text = [row[:n] for row, n in zip(self.text, counts, strict=False)] + self.text[
+                rows:
+            ]
         self.lengths[:rows].copy_(target)
         self._written[:rows].masked_fill_(target == 0, 0)
         self.settle(int(self.lengths.max()))
 
-    def _least_crop(self, rows: int) -> Tensor:
-        """Give the least n, besides 0, to which each of the first rows can be cropped, int64 [rows]."""
-        written = self._written[:rows]
+    def least_crop(self, written: Tensor) -> Tensor:
+        """Give the least n, besides 0, to which rows can be cropped that were `written` so far, int64."""
         least = torch.zeros_like(written)
         for layer in self.layers:
             if layer.wraps:
@@ -387,7 +381,9 @@ class HybridCache:
 
     def reachable(self, n: Tensor) -> Tensor:
         """Give n, int64 [rows], with 0 for the rows that cannot be cropped to their n."""
-        return torch.where(n < self._least_crop(n.shape[0]), 0, n)
+        rows = n.shape[0]
+        lost = (n < self.least_crop(self._written[:rows])) & (n < self.lengths[:rows])
+        return n.masked_fill(lost, 0)
 
     def reorder(self, beam_idx: Tensor) -> None:
         """Put a copy of row beam_idx[i] in row i.
@@ -419,55 +415,88 @@ class HybridCache:
                 index = beam_idx.to(tensor.device)
                 tensor[: index.shape[0]] = tensor.index_select(0, index)
 
-        self.text = None
-        for layer in self.layers:
-            permute(layer.k)
-            permute(layer.v)
-        for tensor in (self.lengths, self._written, *(self._history or ())):
-            permute(tensor)
-        for snapshot in self._snapshots:
-            snapshot._stale = "rows have been reordered since"
-        if readable(self.lengths):
-            self.settle(int(self.lengths.max()))
+        text, self.text = self.text, None
+        snapshots = [*self._kept, *self._snapshots]
+        try:
+            for layer in self.layers:
+                permute(layer.k)
+                permute(layer.v)
+            for tensor in (self._written, *(self._history or ())):
+                permute(tensor)
+            for snapshot in snapshots:
+                permute(snapshot.source)
+                permute(snapshot._lowest_write)
+            permute(self.lengths)
+        except BaseException:
+            self.forget(beam_idx.shape[0])  # some layers hold other rows than others
+            raise
+        if readable(beam_idx):
+            if text is not None:
+                rows_from = [*beam_idx.tolist(), *range(beam_idx.shape[0], len(text))]
+                self.text = [text[i] if i < len(text) else [] for i in rows_from]
+            if readable(self.lengths):
+                self.settle(int(self.lengths.max()))
 
     reorder_cache = reorder
 
+    def forget(self, rows: int) -> None:
+        """Empty the first rows, of which it is not known what they hold."""
+        if self.text is not None:
+            self.text = [[] for _ in self.text[:rows]] + self.text[rows:]
+        self.lengths[:rows].zero_()
+        self._written[:rows].zero_()
+
     def reset(self) -> None:
-        """Forget every token; the memory stays."""
+        """Forget every token, and the snapshots that are kept; the memory stays."""
         self.text = None
+        self._kept.clear()
         self.lengths.zero_()
         self._written.zero_()
         self.settle(0)
         self._history = None
 
     def snapshot(self) -> CacheSnapshot:
-        """Give a copy of the rings and lengths, to come back to this point by `restore`."""
-        with torch.inference_mode(False), torch.no_grad():
-            rings = [
-                (layer.k.clone(), layer.v.clone())
-                if layer.window and layer.k is not None and layer.v is not None
-                else None
-                for layer in self.layers
-            ]
-            history = self._history
-            taken = CacheSnapshot(
-                self.lengths.clone(),
-                self._written.clone(),
-                self._longest_row(),
-                rings,
-                None if history is None else (history[0].clone(), history[1].clone()),
-                torch.full_like(self.lengths, torch.iinfo(torch.int64).max),
-                weakref.ref(self),
-            )
+        """Give a copy of the rings and lengths, to come back to this point by `restore`.
+
+        While it lives, `generate` goes back to it by itself, too, where the cache knows its text.
+        """
+        taken = take(self)
         self._snapshots.add(taken)
         return taken
+
+    def keep_snapshot(self) -> None:
+        """Take a snapshot for `generate` to go back to, in the place of another if need be.
+
+        The first to go is one that is not of the beginning of this text, otherwise the oldest. Nothing is
+        done if keep_snapshots is 0, the text is not known, or there is one of it already.
+        """
+        if not self.keep_snapshots or self.text is None or self.has_history:
+            return
+        now = self._texts()
+        for old in self._kept:
+            if old.texts() == now and bool((old.written[old.source] <= self._written).all()):
+                return
+        while len(self._kept) >= self.keep_snapshots:  # before more memory is taken
+            others = [old for old in self._kept if not old.is_of_beginning(now)]
+            self._kept.remove((others or self._kept)[0])
+        self._kept.append(take(self))
+
+    def snapshots(self) -> list[CacheSnapshot]:
+        """Give those that `generate` may go back to, the kept ones first, the newest of them first."""
+        asked = sorted(self._snapshots, key=lambda taken: taken.longest, reverse=True)
+        return [taken for taken in (*self._kept[::-1], *asked) if taken.text is not None]
+
+    def _texts(self) -> list[list[int]]:
+        known = self.text or []
+        return known + [[] for _ in range(self.max_batch_size - len(known))]
 
     def restore(self, snapshot: CacheSnapshot) -> None:
         """Go back to where `snapshot` was taken; it can be restored again later.
 
         Raises:
             ValueError: it is of another cache, rows have been reordered, or positions that it
-                covers have been written again in the full layers, which it does not copy.
+                covers have been written again in the full layers, which it does not copy, and not
+                by the same text.
         """
         if not isinstance(snapshot, CacheSnapshot):
             raise TypeError(
@@ -475,31 +504,55 @@ class HybridCache:
             )
         if snapshot._owner() is not self:
             raise ValueError("restore: the snapshot is of another cache")
-        if snapshot._stale:
-            raise ValueError(f"restore: the snapshot is of no use: {snapshot._stale}")
+        if snapshot.source.tolist() != list(range(self.max_batch_size)):
+            raise ValueError("restore: the snapshot is of no use: rows have been reordered since")
         again = snapshot._lowest_write < snapshot.lengths
-        if bool(again.any()):
-            row = int(again.nonzero()[0])
-            raise ValueError(
-                f"restore: row {row} had {int(snapshot.lengths[row])} tokens, and position "
-                f"{int(snapshot._lowest_write[row])} has been written again since: a snapshot "
-                "keeps the sliding layers only"
-            )
-        self.text = None
+        for row in again.nonzero()[:, 0].tolist():
+            length = int(snapshot.lengths[row])
+            if common_prefix(self._texts()[row], snapshot.texts()[row]) < length:
+                raise ValueError(
+                    f"restore: row {row} had {length} tokens, and position "
+                    f"{int(snapshot._lowest_write[row])} has been written again since: a snapshot "
+                    "keeps the sliding layers only"
+                )
+        self._go_back(snapshot, list(range(self.max_batch_size)), snapshot.lengths)
+        self.text = None if snapshot.text is None else list(snapshot.text)
+        self._history = None
+        if snapshot.history is not None:
+            with torch.inference_mode(False):
+                ids, starts = (t.clone() for t in snapshot.history)
+            self._history = self._padded(ids), self._padded(starts)
+
+    def restore_rows(self, snapshot: CacheSnapshot, rows: list[int], lengths: list[int]) -> None:
+        """Bring rows back to the first so many tokens of the snapshot's text, for whoever has checked.
+
+        The text of these rows begins with these tokens, and the rings of the snapshot reach so far.
+        """
+        texts = snapshot.texts()
+        counts = torch.tensor(lengths, device=self.lengths.device)
+        self._go_back(snapshot, rows, counts)
+        known = self._texts()
+        for row, n in zip(rows, lengths, strict=True):
+            known[row] = texts[row][:n]
+        self.text = known
+
+    def _go_back(self, snapshot: CacheSnapshot, rows: list[int], lengths: Tensor) -> None:
+        """Give rows the rings of a snapshot and these lengths; until it is done, they are empty."""
+        index = torch.tensor(rows, device=self.lengths.device)
+        source = snapshot.source[index]
+        known = self.text or []
+        self.text = [[] if row in rows else tokens for row, tokens in enumerate(known)]
+        self.lengths.index_fill_(0, index, 0)
         with torch.no_grad():
             for layer, ring in zip(self.layers, snapshot.rings, strict=True):
-                if ring is not None and layer.k is not None and layer.v is not None:
-                    slots = ring[0].shape[2]  # fewer than now if the cache has grown since
-                    layer.k[:, :, :slots] = ring[0]
-                    layer.v[:, :, :slots] = ring[1]
-            self.lengths.copy_(snapshot.lengths)
-            self._written.copy_(snapshot.written)
-            self.settle(snapshot.longest)
-            self._history = None
-            if snapshot.history is not None:
-                with torch.inference_mode(False):
-                    ids, starts = (t.clone() for t in snapshot.history)
-                self._history = self._padded(ids), self._padded(starts)
+                for now, then in zip((layer.k, layer.v), ring or (), strict=False):
+                    if now is not None:
+                        slots = then.shape[2]  # fewer than now if they were not all reached yet
+                        here, there = index.to(now.device), source.to(now.device)
+                        now[:, :, :slots].index_copy_(0, here, then.index_select(0, there))
+            self._written.index_copy_(0, index, snapshot.written[source])
+            self.lengths.index_copy_(0, index, lengths)
+        self.settle(int(self.lengths.max()))
 
     def grow(self, new_max_len: int) -> None:
         """Make room for `new_max_len` tokens in a row, keeping what is stored.
@@ -579,17 +632,19 @@ class HybridCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values allocated so far."""
+        """Bytes of keys and values allocated so far, with those of the snapshots it keeps."""
         tensors = (t for layer in self.layers for t in (layer.k, layer.v) if t is not None)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        own = sum(t.numel() * t.element_size() for t in tensors)
+        return own + sum(snapshot.nbytes for snapshot in self._kept)
 
     def __getstate__(self) -> dict[str, Any]:
         # copies and pickles start without snapshots, which belong to the original
-        return {name: value for name, value in vars(self).items() if name != "_snapshots"}
+        apart = ("_snapshots", "_kept")
+        return {name: value for name, value in vars(self).items() if name not in apart}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._snapshots = weakref.WeakSet()
+        self._snapshots, self._kept = weakref.WeakSet(), []
 
     def __len__(self) -> int:
         return len(self.layers)

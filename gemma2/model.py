@@ -478,9 +478,13 @@ class Gemma2Model(Gemma2PreTrainedModel):
             cache.begin(at.q_start, at.kv_len, columns, self.norm.weight.dtype)
         y, states, attentions = self._run_layers(h, call, inplace, output_hidden_states)
         if cache is not None:
-            for layer, k, v in call.unwritten:
-                there = call.on(k.device).layout
-                layer.write(k, v, there.q_start, there.kv_len)
+            try:
+                for layer, k, v in call.unwritten:
+                    there = call.on(k.device).layout
+                    layer.write(k, v, there.q_start, there.kv_len)
+            except BaseException:
+                cache.forget(batch)  # some rings have lost what others have not
+                raise
             if at.keep_history:
                 cache.record(at.q_start, at.kv_len, at.position_ids, at.kv_start)
             cache.commit(at.q_start, at.kv_len, columns)
