@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaseModelOutputWithPast",
     "CausalLMOutputWithPast",
+    "GenerateOutput",
     "ModelOutput",
     "SequenceClassifierOutputWithPast",
     "TokenClassifierOutput",
@@ -133,3 +134,26 @@ class TokenClassifierOutput(ModelOutput):
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass(repr=False, eq=False)
+class GenerateOutput(ModelOutput):
+    """Output of `generate(return_dict_in_generate=True)`; T new tokens, R texts a prompt.
+
+    sequences: int64 [B * R, prompt + T], what `generate` gives otherwise.
+    sequences_scores: float32 [B * R], of beam search: log-probability / length ** length_penalty.
+    scores: with output_scores, T tensors float32 [N, V], what each token was chosen from: logits
+        after all processors and filters, -inf where dropped; of beam search, log-probabilities.
+        N is B * R, with beams B * num_beams. 0 for rows that had ended before.
+    logits: with output_logits, T tensors float32 [N, V], the model's own.
+    beam_indices: of beam search, int64 [B * R, T], the row of `scores` that each token comes from;
+        -1 after a text's end.
+    past_key_values: the cache, as `generate` leaves it.
+    """
+
+    sequences: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
+    beam_indices: torch.Tensor | None = None
+    past_key_values: HybridCache | None = None

@@ -80,16 +80,15 @@ class AssistedStep(Step):
 
     def _check(self, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """Give the tokens drawn by the model [N, k + 1], and which stand after right ones only."""
-        sampler = self.run.sampler
         logits = self.model(
             input_ids=torch.cat([self.tokens[:, None], drafts], dim=1),
             past_key_values=self.run.cache,
             use_cache=True,
         ).logits
-        drawn = [sampler.draw(logits[:, 0], self.count)]
+        drawn = [self.draw(logits[:, 0])]
         for ahead in range(drafts.shape[1]):
-            sampler.note(drafts[:, ahead : ahead + 1], self.count + ahead)
-            drawn.append(sampler.draw(logits[:, ahead + 1], self.count + ahead + 1))
+            self.run.sampler.note(drafts[:, ahead : ahead + 1], self.count + ahead)
+            drawn.append(self.draw(logits[:, ahead + 1], ahead + 1))
         chosen = torch.stack(drawn, dim=1)
         right = (chosen[:, :-1] == drafts).to(torch.int64).cumprod(dim=1) == 1
         return chosen, F.pad(right, (1, 0), value=True)

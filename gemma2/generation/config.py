@@ -35,7 +35,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "custom_generate": (None,),
     "diversity_penalty": (None, 0.0),
     "dola_layers": (None,),
-    "early_stopping": (None, False),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1.0),
     "epsilon_cutoff": (None, 0.0),
@@ -45,28 +44,16 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "guidance_scale": (None, 1.0),
-    "length_penalty": (None, 1.0),
-    "logits_processor": (None, []),
     "max_time": (None,),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
     "negative_prompt_ids": (None,),
-    "no_repeat_ngram_size": (None, 0),
     "num_beam_groups": (None, 1),
-    "num_beams": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "output_logits": (None, False),
-    "output_scores": (None, False),
     "penalty_alpha": (None, 0.0),
     "position_ids": (None,),
     "prefix_allowed_tokens_fn": (None,),
     "renormalize_logits": (None, False),
-    "return_dict_in_generate": (None, False),
     "sequence_bias": (None,),
-    "stop_strings": (None, []),
-    "stopping_criteria": (None, []),
-    "suppress_tokens": (None, []),
     "token_healing": (None, False),
     "typical_p": (None, 1.0),
     "use_cache": (None, True),
@@ -128,6 +115,22 @@ def _token_ids(name: str, value: Any, wanted: str) -> int | list[int]:
     return _integer(name, value, wanted)
 
 
+def _strings(name: str, value: Any) -> list[str] | None:
+    """Give what is meant by a string, a list of strings, or None."""
+    if value is None:
+        return None
+    wanted = "a string that is not empty, or a list of them"
+    if not isinstance(value, (str, list, tuple)):
+        raise TypeError(_error(name, value, wanted))
+    strings = [value] if isinstance(value, str) else list(value)
+    for item in strings:
+        if not isinstance(item, str):
+            raise TypeError(_error(name, value, wanted))
+        if not item:
+            raise ValueError(_error(name, value, wanted))
+    return strings
+
+
 @dataclass
 class GenerationConfig:
     """How to generate. What a field leaves at None is taken from the model's own settings.
@@ -141,7 +144,21 @@ class GenerationConfig:
     min_p: keeps the tokens with at least min_p times the probability of the most probable one.
     repetition_penalty: divides positive and multiplies negative logits of tokens that occurred in
         the prompt or the text so far (Keskar et al. 2019, arXiv 1909.05858); also when greedy.
-    num_return_sequences: samples per prompt; they stand next to each other in the output.
+    no_repeat_ngram_size: no n tokens in a row occur twice in prompt and text; 0: they may.
+    suppress_tokens: ids that are never generated.
+    min_new_tokens: no end-of-text token before so many new tokens. None: `min_length`.
+    min_length: the same, counted in columns of prompt and new tokens together.
+    stop_strings: a row ends when its new text contains one of them; needs `tokenizer=`.
+    num_beams: texts kept per prompt while the best ones are looked for (beam search); 1: none are.
+    length_penalty: a finished beam counts its log-probability / length ** length_penalty, so that
+        more than 0 favours long texts.
+    early_stopping: when beam search ends. True: when num_beams texts have ended; False: when the
+        best running one, as long as it is now, is worse than these; "never": when it cannot become
+        better by going on, either.
+    num_return_sequences: texts per prompt; they stand next to each other in the output. Without
+        sampling, num_beams at most.
+    return_dict_in_generate: give a `GenerateOutput` in place of the sequences.
+    output_scores, output_logits: with it, keep what each token was chosen from.
     prefill_chunk_size: prompt tokens read at a time; None: 2048.
     num_assistant_tokens: tokens that an assistant_model drafts at a time.
     prompt_lookup_num_tokens: tokens drafted at a time by looking up in prompt and text how their
@@ -151,7 +168,9 @@ class GenerationConfig:
         list, an empty list generates on regardless.
     extra: keys of the file that have no meaning here; they are written back unchanged.
 
-    The order is: penalty, temperature, top-k, top-p, min-p.
+    The order is: repetition penalty, n-grams, suppressed tokens, minimal length, what `generate` is
+    given as logits_processor, temperature, top-k, top-p, min-p. Beams go by log-probabilities, so
+    there these are what the penalty works on, as in transformers.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -166,7 +185,18 @@ class GenerationConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: list[int] | None = None
+    min_new_tokens: int | None = None
+    min_length: int = 0
+    stop_strings: str | list[str] | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     num_return_sequences: int = 1
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     prefill_chunk_size: int | None = None
     num_assistant_tokens: int = 5
     prompt_lookup_num_tokens: int | None = None
@@ -189,8 +219,24 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, _integer(name, value, "an int of at least 1, or None", least=1))
-        if not isinstance(self.do_sample, bool):
-            raise TypeError(_error("do_sample", self.do_sample, "a bool"))
+        if self.min_new_tokens is not None:
+            wanted = "an int of at least 0, or None"
+            self.min_new_tokens = _integer("min_new_tokens", self.min_new_tokens, wanted)
+        for name in ("no_repeat_ngram_size", "min_length"):
+            setattr(self, name, _integer(name, getattr(self, name), "an int of at least 0"))
+        for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(_error(name, getattr(self, name), "a bool"))
+        self.length_penalty = _real("length_penalty", self.length_penalty, "a number")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(
+                _error("early_stopping", self.early_stopping, 'True, False or "never"')
+            )
+        self.stop_strings = _strings("stop_strings", self.stop_strings)
+        if self.suppress_tokens is not None:
+            wanted = "a list of token ids"
+            ids = _token_ids("suppress_tokens", self.suppress_tokens, wanted)
+            self.suppress_tokens = [ids] if isinstance(ids, int) else ids
         self.temperature = _real("temperature", self.temperature, "a number of at least 0")
         if self.temperature < 0:
             raise ValueError(_error("temperature", self.temperature, "a number of at least 0"))
@@ -205,7 +251,12 @@ class GenerationConfig:
         self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, penalty)
         if self.repetition_penalty <= 0:
             raise ValueError(_error("repetition_penalty", self.repetition_penalty, penalty))
-        for name in ("num_return_sequences", "num_assistant_tokens", "max_matching_ngram_size"):
+        for name in (
+            "num_beams",
+            "num_return_sequences",
+            "num_assistant_tokens",
+            "max_matching_ngram_size",
+        ):
             value = _integer(name, getattr(self, name), "an int of at least 1", least=1)
             setattr(self, name, value)
         token = "a token id (an int of at least 0)"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemma2.cache import HybridCache
 from gemma2.generation.assisted import AssistedStep
 from gemma2.generation.graph import GraphedStep
 from gemma2.generation.run import Reading, Run
@@ -23,7 +24,7 @@ from gemma2.generation.step import NO_TOKEN, Step
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
 
-__all__ = ["new_tokens", "steps_ahead"]
+__all__ = ["FAULTS", "inference", "new_tokens", "read_prompt", "steps_ahead"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,26 +55,70 @@ def new_tokens(
     try:
         while not transcript.ended:
             while launched < run.new_tokens and len(mailbox) <= ahead:
-                with _inference(run):
+                with inference(run):
                     if launched == 0:
-                        step.begin(_read_prompt(run))
+                        step.begin(read_prompt(run))
                         run.cache.settle(max(run.others, *run.lengths))
+                        transcript.beyond = (run.cache.text or [])[len(run.lengths) :]
                     else:
                         advance()
                     mailbox.post()
+                    if run.record is not None:
+                        run.record.post()
                 launched += 1
-            for tokens in transcript.take(mailbox.take()):
+            report = mailbox.take()
+            if run.stops is not None:
+                with inference(run):
+                    run.stops.apply(step, report)
+            if run.record is not None:
+                run.record.take(report)
+            for tokens in transcript.take(report):
                 yield tokens.to(device)
-        run.cache.settle(max(run.others, *transcript.cached()))
-        run.cache.text = transcript.text()
         transcript.log()
     finally:
-        if ahead == 0 and (rest := transcript.not_given()):
-            with _inference(run):  # a reader has gone before the last tokens of a step
-                lengths = run.cache.lengths[: len(run.lengths)]
-                run.cache.rewind(lengths - rest, run.longest)
-        if isinstance(advance, GraphedStep):
-            advance.close()
+        try:
+            _leave(run, mailbox, transcript)
+        finally:
+            if isinstance(advance, GraphedStep):
+                advance.close()
+
+
+def _leave(run: Run, mailbox: _Mailbox, transcript: _Transcript) -> None:
+    """Leave a cache that somebody has afterwards with a text that is known, wherever it ended.
+
+    That is what has been read; of a single row without the tokens that its reader has not been given,
+    if they can be taken back.
+    """
+    cache = run.cache
+    if not run.is_kept:
+        return
+    with _or_empty(cache):
+        if transcript.is_whole:
+            lengths = transcript.cached()
+        else:
+            while len(mailbox):
+                transcript.add(mailbox.take())
+            if cache.text is not None or not transcript.has_begun:
+                return  # nothing has been read since the prompt
+            lengths = transcript.held(cache.lengths.tolist())
+            with inference(run):
+                cache.crop(torch.tensor(lengths))
+                given = torch.tensor([transcript.given(n) for n in lengths])
+                if torch.equal(cache.reachable(given.to(cache.lengths.device)).cpu(), given):
+                    lengths = given.tolist()
+                    cache.crop(given)
+        cache.settle(max(run.others, *lengths))
+        cache.text = transcript.text(lengths)
+
+
+@contextlib.contextmanager
+def _or_empty(cache: HybridCache) -> Iterator[None]:
+    """Empty the cache if what is done inside fails: it would hold a text that is not known."""
+    try:
+        yield
+    except BaseException:
+        cache.reset()
+        raise
 
 
 class _Mailbox:
@@ -111,6 +156,7 @@ class _Transcript:
 
     def __init__(self, run: Run) -> None:
         self.ended = False
+        self.beyond: list[list[int]] = []  # what the cache's rows after the batch are known to hold
         self._run = run
         self._rows: list[list[int]] = [[] for _ in run.lengths]
         self._given = 0
@@ -124,7 +170,7 @@ class _Transcript:
             ValueError: a row's logits were at fault.
         """
         for row, (*new, _) in enumerate(report):
-            for number, fault in _FAULTS.items():
+            for number, fault in FAULTS.items():
                 if number in new:
                     raise ValueError(f"generate: row {row}: the logits of the next token {fault}")
         for tokens, (first, *others, _) in zip(self._rows, report, strict=True):
@@ -139,21 +185,42 @@ class _Transcript:
                 [row[column] if column < len(row) else self._run.pad for row in self._rows]
             )
 
+    def add(self, report: list[list[int]]) -> None:
+        """Add a step's report whose tokens nobody will get."""
+        for tokens, (*new, _) in zip(self._rows, report, strict=True):
+            tokens.extend(token for token in new if token >= 0)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is any new token."""
+        return any(self._rows)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row has ended, and all of it has been given."""
+        return self.ended and self._given == max(map(len, self._rows))
+
     def cached(self) -> list[int]:
         """Give how many tokens of each row the cache holds: all but the last one."""
         return [n + len(row) - 1 for n, row in zip(self._run.lengths, self._rows, strict=True)]
 
-    def text(self) -> list[list[int]] | None:
-        """Give these tokens; None where they are not the whole story."""
+    def held(self, lengths: list[int]) -> list[int]:
+        """Give how many of the tokens that the cache holds, by row, are known."""
+        pairs = zip(self._run.lengths, self._rows, lengths, strict=False)
+        return [min(n + len(row), length) for n, row, length in pairs]
+
+    def given(self, length: int) -> int:
+        """Give how many of a row's tokens are to be held: of a single row no more than were given."""
+        if len(self._rows) > 1:
+            return length
+        return min(length, self._run.lengths[0] + max(self._given - 1, 0))
+
+    def text(self, lengths: list[int]) -> list[list[int]] | None:
+        """Give these tokens, and those of the cache's other rows; None where they are not known."""
         if self._run.prompts is None or self._run.cache.has_history:
             return None
-        return [
-            [*prompt, *row[:-1]] for prompt, row in zip(self._run.prompts, self._rows, strict=True)
-        ]
-
-    def not_given(self) -> int:
-        """Give how many tokens of a single row have been read but not been given yet."""
-        return len(self._rows[0]) - self._given if len(self._rows) == 1 else 0
+        rows = zip(self._run.prompts, self._rows, lengths, strict=True)
+        return [*([*prompt, *row][:n] for prompt, row, n in rows), *self.beyond]
 
     def log(self) -> None:
         """Say how well the drafts were."""
@@ -166,14 +233,14 @@ class _Transcript:
 
 
 # What `ops.sample` gives where it cannot raise.
-_FAULTS = {
+FAULTS = {
     -1: "have NaN or +infinity, or overflow when divided by the temperature",
     -2: "are -infinity everywhere",
 }
 
 
 @contextlib.contextmanager
-def _inference(run: Run) -> Iterator[None]:
+def inference(run: Run) -> Iterator[None]:
     """Run without gradients and in eval mode, and put every module's mode back."""
     for module in run.training:
         module.training = False
@@ -185,7 +252,7 @@ def _inference(run: Run) -> Iterator[None]:
             module.training = True
 
 
-def _read_prompt(run: Run) -> Tensor:
+def read_prompt(run: Run) -> Tensor:
     """Read the prompts, the drafting model too; give the logits [N, V] after the last tokens."""
     if run.draft is not None and run.draft.reading is not None:
         _read(run.draft.reading)
@@ -193,7 +260,37 @@ def _read_prompt(run: Run) -> Tensor:
 
 
 def _read(reading: Reading) -> Tensor:
-    """Read what is pending; give the logits [N, V] after each row's last token."""
+    """Read what is pending; give the logits [N, V] after each row's last token.
+
+    A cache that is to know its text knows it afterwards, also where reading was interrupted.
+    """
+    cache, known = reading.cache, reading.cache.text or []
+    texts = None
+    if reading.texts is not None and not cache.has_history:
+        texts = reading.texts + known[len(reading.texts) :]
+    try:
+        logits = _last_logits(reading)
+        cache.text = texts
+        if reading.repeats > 1:
+            source = torch.arange(logits.shape[0]).repeat_interleave(reading.repeats)
+            cache.reorder(source)
+            logits = logits[source.to(logits.device)]
+    except BaseException:
+        if texts is not None and cache.text is None:
+            with _or_empty(cache):
+                lengths = cache.lengths.tolist()
+                cache.text = [text[:n] for text, n in zip(texts, lengths, strict=False)]
+        raise
+    if texts is not None and reading.repeats > 1:
+        repeated = [texts[row] for row in source.tolist()]
+        cache.text = repeated + known[len(repeated) :]
+    if reading.keep:
+        cache.keep_snapshot()
+    return logits
+
+
+def _last_logits(reading: Reading) -> Tensor:
+    """Read what is pending chunk by chunk; give the logits [B, V] after each row's last token."""
     name = "input_ids" if reading.pending.dim() == 2 else "inputs_embeds"
     columns = reading.pending.shape[1]
     for first in range(0, columns, reading.chunk):
@@ -207,9 +304,4 @@ def _read(reading: Reading) -> Tensor:
         if first + reading.chunk < columns:
             reading.model.model(**call)  # nobody wants these logits
     logits: Tensor = reading.model(**call, logits_to_keep=1).logits[:, -1]
-    if reading.repeats > 1:
-        source = torch.arange(logits.shape[0], device=logits.device)
-        source = source.repeat_interleave(reading.repeats)
-        reading.cache.reorder(source)
-        logits = logits[source]
     return logits

@@ -6,11 +6,13 @@ Whatever the host has to know of the prompt is looked at here, so that the loop 
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gemma2.cache import HybridCache
@@ -21,9 +23,12 @@ from gemma2.generation.config import (
     GenerationConfig,
     refuse_unsupported,
 )
-from gemma2.generation.prefix import kept_tokens, make_room, new_cache
-from gemma2.generation.run import Draft, Reading, Run
+from gemma2.generation.prefix import kept_tokens, make_room, new_cache, will_forget
+from gemma2.generation.processors import Processors
+from gemma2.generation.record import Record
+from gemma2.generation.run import Beams, Draft, Reading, Run
 from gemma2.generation.sampling import Sampler
+from gemma2.generation.stopping import Stops, StopStrings
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
@@ -34,6 +39,9 @@ __all__ = ["SPECIAL", "prepare", "refuse_unknown"]
 PREFILL_CHUNK = 2048
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Of e, for numbers that float32 has with room to spare.
+_LARGEST_EXPONENT = 60.0
 
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
@@ -50,6 +58,9 @@ def prepare(
     seed: int | None,
     generation_config: GenerationConfig | None,
     assistant_model: GenerationMixin | None,
+    logits_processor: list[Any] | None,
+    stopping_criteria: list[Any] | None,
+    tokenizer: Any,
     cuda_graph: bool | None,
 ) -> Run:
     """Check everything and give what the loop needs. Changes nothing but a growing cache.
@@ -69,12 +80,15 @@ def prepare(
                 "probable token is taken each time; pass do_sample=True to sample",
                 stacklevel=3,
             )
+    functions = _functions("logits_processor", logits_processor)
+    criteria = _functions("stopping_criteria", stopping_criteria)
+    _check_tokenizer(options, tokenizer)
     device = _check_device(model, input_ids, inputs_embeds, attention_mask)
     _check_special(model, options)
     content = _content(model, input_ids, inputs_embeds, options, device)
     mask = _padding_mask(content, attention_mask, options)
     batch, columns = content.shape[:2]
-    repeats = options.num_return_sequences
+    repeats = options.num_beams if options.num_beams > 1 else options.num_return_sequences
     rows = batch * repeats
     if content.dim() == 2:
         _check_vocabulary(content, mask, model.config.vocab_size)
@@ -90,12 +104,18 @@ def prepare(
             "on from"
         )
     drafted = _check_drafting(model, assistant_model, options, content, device)
+    if drafted and rows > 1 and (functions or criteria):
+        name = "logits_processor" if functions else "stopping_criteria"
+        raise ValueError(
+            f"generate: {name} and drafted tokens for {rows} rows: rows accept different numbers of "
+            "them, so there are no columns to show; generate row by row, or without drafts"
+        )
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
     prompts = None
     if content.dim() == 2 and past_key_values is not None:
         real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
         prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
-    cached, lost = kept_tokens(model, past_key_values, rows, lengths, device, prompts)
+    cached, found = kept_tokens(model, past_key_values, rows, lengths, device, prompts)
     need = max(counts) + new_tokens - 1  # the last token is not read
     cache, others = past_key_values, 0
     if cache is None:
@@ -107,38 +127,78 @@ def prepare(
     models = [model] if assistant_model is None else [model, assistant_model]
     room = longest + ahead <= cache.max_cache_len
     captured = graph.wanted(cuda_graph, models, device, new_tokens - 1, room)
+    if captured and (obstacle := _python(options, functions)):
+        if cuda_graph:
+            raise ValueError(f"generate: cuda_graph is True, but {obstacle}; leave it out")
+        captured = False
 
-    text = None
-    if options.repetition_penalty != 1.0 or drafted:
+    vocab = model.config.vocab_size
+    processors = Processors.of(options, prompt.shape[1], functions, vocab, device)
+    text = all_columns = None
+    if processors.reads_text or drafted:
         text = _text(content, mask, need + 1 + ahead).repeat_interleave(repeats, dim=0)
+    ends = options.eos_token_ids
+    pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
+    if functions or criteria:
+        all_columns = F.pad(prompt, (0, new_tokens + ahead), value=pad)
     known = lengths if content.dim() == 2 else torch.zeros_like(lengths)
-    sampler = Sampler(options, seed, text, known.repeat_interleave(repeats))
+    kept = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
+    record = None
+    if kept and options.return_dict_in_generate:
+        record = Record(kept, rows, drafted + 1, vocab, device)
+    plain = processors.only_penalty and record is None and options.num_beams == 1
+    sampler = Sampler(
+        options,
+        seed,
+        text,
+        known.repeat_interleave(repeats),
+        None if plain else processors,
+        all_columns,
+        prompt.shape[1],
+    )
     chunk = options.prefill_chunk_size or PREFILL_CHUNK
     draft = None
     if drafted:
         reading = None
         if assistant_model is not None:
             own = new_cache(assistant_model, rows, need + ahead, device, ahead)
-            packed = _pack(content, mask, lengths, torch.zeros_like(lengths))
-            reading = Reading(assistant_model, own, *packed, repeats, chunk)
+            whole = _pack(content, mask, lengths, torch.zeros_like(lengths))
+            reading = Reading(assistant_model, own, *whole, repeats, chunk)
         draft = Draft(drafted, reading, options.max_matching_ngram_size)
-    ends = options.eos_token_ids
-    if past_key_values is not None and past_key_values.text is not None:
-        cache.crop(cached)
-        cache.reprocessed += lost
+    packed = _pack(content, mask, lengths, cached)
+    stops = None
+    if options.stop_strings or criteria:
+        strings = None
+        if options.stop_strings:
+            last: list[Any] = [None] * batch
+            if content.dim() == 2:
+                last = packed[0][:, -1].tolist()
+            last = [token for token in last for _ in range(repeats)]
+            strings = StopStrings(options.stop_strings, tokenizer, last)
+        stops = Stops(strings, criteria, rows, sampler.columns)
+    most = [count + new_tokens - 1 + ahead for count in counts]
+    forgets = prompts is not None and will_forget(cache, most, counts)
+    if found is not None:
+        found.apply(cache, most)
     return Run(
         prompt=prompt,
-        reading=Reading(model, cache, *_pack(content, mask, lengths, cached), repeats, chunk),
+        reading=Reading(model, cache, *packed, repeats, chunk, prompts, forgets),
         new_tokens=new_tokens,
         lengths=[count for count in counts for _ in range(repeats)],
         prompts=None if prompts is None else [row for row in prompts for _ in range(repeats)],
+        as_dict=options.return_dict_in_generate,
+        is_kept=past_key_values is not None or options.return_dict_in_generate,
         others=others,
         longest=longest,
         sampler=sampler,
         eos=torch.tensor(ends, device=device) if ends else None,
-        pad=options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0],
+        pad=pad,
         graph=captured,
         draft=draft,
+        beams=_beams(options, new_tokens),
+        stops=stops,
+        waits=bool(functions) or stops is not None,
+        record=record,
         training=[module for m in models for module in m.modules() if module.training],
     )
 
@@ -160,14 +220,80 @@ def _options(
         if named.get(name) is None and getattr(generation_config, name) is None:
             named[name] = getattr(own, name)
     options = generation_config.replaced(**named)
-    if options.num_return_sequences > 1 and not options.do_sample:
+    texts, beams = options.num_return_sequences, options.num_beams
+    if texts > 1 and beams == 1 and not options.do_sample:
         raise ValueError(
-            f"generate: num_return_sequences is {options.num_return_sequences} and do_sample "
-            "is False: greedy texts would all be the same; pass do_sample=True"
+            f"generate: num_return_sequences is {texts} and do_sample is False: greedy texts would "
+            "all be the same; pass do_sample=True, or num_beams"
         )
+    if texts > beams > 1:
+        raise ValueError(
+            f"generate: num_return_sequences is {texts}, num_beams is {beams}: there are only as "
+            "many texts as beams"
+        )
+    for name in ("output_scores", "output_logits"):
+        if getattr(options, name) and not options.return_dict_in_generate:
+            warnings.warn(
+                f"generate: {name} is True, but return_dict_in_generate is False: only the "
+                "sequences are given",
+                stacklevel=4,
+            )
     if named.get("max_length") is not None and named.get("max_new_tokens") is None:
         options.max_new_tokens = None  # what the call says goes before what a file says
     return options
+
+
+def _functions(name: str, given: Any) -> list[Callable[..., Any]]:
+    """Give the list of functions that the option `name` is, or stands for."""
+    if given is None:
+        return []
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"generate: {name} is a {type(given).__name__}: it must be a list")
+    for number, function in enumerate(given):
+        if not callable(function):
+            raise TypeError(
+                f"generate: {name}[{number}] is a {type(function).__name__}: it must be a function"
+            )
+    return list(given)
+
+
+def _check_tokenizer(options: GenerationConfig, tokenizer: Any) -> None:
+    if options.stop_strings and tokenizer is None:
+        raise ValueError(
+            f"generate: stop_strings is {options.stop_strings}, but there is no tokenizer: pass "
+            "tokenizer=, which tells the text of tokens"
+        )
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(
+            f"generate: tokenizer is a {type(tokenizer).__name__}: it must have decode()"
+        )
+
+
+def _beams(options: GenerationConfig, new_tokens: int) -> Beams | None:
+    if options.num_beams == 1:
+        return None
+    exponent = options.length_penalty
+    if abs(exponent) * math.log(new_tokens) > _LARGEST_EXPONENT:
+        raise ValueError(
+            f"generate: length_penalty is {exponent}: {new_tokens} ** {exponent} is out of range"
+        )
+    ends = len(options.eos_token_ids)
+    return Beams(
+        count=options.num_beams,
+        returned=options.num_return_sequences,
+        length_penalty=options.length_penalty,
+        early_stopping=options.early_stopping,
+        # so that something remains to go on with when all ends of text are among the best
+        least=ends + 1 if ends else 2,
+        candidates=max(2, ends + 1) * options.num_beams,
+    )
+
+
+def _python(options: GenerationConfig, functions: list[Callable[..., Any]]) -> str:
+    """Tell what of a step only Python can do; "" if nothing."""
+    if options.num_beams > 1:
+        return f"num_beams is {options.num_beams}, and beams are chosen by the host"
+    return "there is a logits_processor, which a replayed graph would not call" if functions else ""
 
 
 def _check_device(model: GenerationMixin, *tensors: Tensor | None) -> torch.device:
@@ -194,6 +320,7 @@ def _check_device(model: GenerationMixin, *tensors: Tensor | None) -> torch.devi
 def _check_special(model: GenerationMixin, options: GenerationConfig) -> None:
     named = [(name, getattr(options, name)) for name in ("bos_token_id", "pad_token_id")]
     named += [("eos_token_id", token) for token in options.eos_token_ids]
+    named += [("suppress_tokens", token) for token in options.suppress_tokens or ()]
     for name, token in named:
         if token is not None and token >= model.config.vocab_size:
             raise ValueError(
@@ -251,6 +378,11 @@ def _check_drafting(
     """Give how many tokens are drafted a step; 0: the model writes without assistance."""
     if assistant is None and options.prompt_lookup_num_tokens is None:
         return 0
+    if options.num_beams > 1:
+        raise ValueError(
+            f"generate: num_beams is {options.num_beams}, and tokens are to be drafted: that is for "
+            "one text a row; leave out assistant_model and prompt_lookup_num_tokens"
+        )
     if assistant is not None and options.prompt_lookup_num_tokens is not None:
         raise ValueError(
             "generate: assistant_model and prompt_lookup_num_tokens are both given: tokens are "

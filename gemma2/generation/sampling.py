@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gemma2 import ops
 from gemma2.generation.config import GenerationConfig
+from gemma2.generation.processors import Processors, warped
 
 __all__ = ["Sampler", "resolve_seed"]
 
@@ -38,19 +39,32 @@ class Sampler:
         options: decides among greedy and sampling, and how.
         seed: key of the random numbers; not used when greedy. None draws one.
         text: int64 [N, L], each row's prompt from column 0 on, then -1, with room for the new
-            tokens; what the repetition penalty knows of. None: nobody asks for it.
+            tokens; what depends on the text reads it. None: nothing does.
         lengths: int64 [N], where a row's new tokens begin in `text`.
+        processors: what `ops.sample` cannot do; None: nothing.
+        columns: int64 [N, S + T], the prompts as given, then pads with room for the new tokens, as
+            functions of the user see them. None: there are none.
+        prompt_columns: S.
     """
 
     def __init__(
-        self, options: GenerationConfig, seed: int | None, text: Tensor | None, lengths: Tensor
+        self,
+        options: GenerationConfig,
+        seed: int | None,
+        text: Tensor | None,
+        lengths: Tensor,
+        processors: Processors | None = None,
+        columns: Tensor | None = None,
+        prompt_columns: int = 0,
     ) -> None:
-        self._temperature = options.temperature if options.do_sample else 0.0
+        self.temperature = options.temperature if options.do_sample else 0.0
         self._filters = (options.top_k, options.top_p, options.min_p)
         self._penalty = options.repetition_penalty
-        self._seed = resolve_seed(seed) if self._temperature > 0 or seed is not None else 0
+        self.seed = resolve_seed(seed) if self.temperature > 0 or seed is not None else 0
         self.text = text
         self.lengths = lengths
+        self._processors = processors
+        self._columns, self._prompt_columns = columns, prompt_columns
 
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
         """Give a token for each row, int64 [N], of capped logits [N, V].
@@ -58,22 +72,61 @@ class Sampler:
         Args:
             step: int64 [N], the index of that token.
         """
-        top_k, top_p, min_p = self._filters if self._temperature > 0 else (0, 1.0, 0.0)
-        return ops.sample(
-            logits,
-            self.text if self._penalty != 1.0 else None,
-            self._seed,
-            step,
-            self._temperature,
-            min(top_k, logits.shape[-1]),
-            top_p,
-            min_p,
-            self._penalty,
+        if self._processors is None:
+            return self._sample(logits, step, self.text, self._penalty)
+        return self.choose(self.processed(logits, step), step)
+
+    def processed(self, logits: Tensor, step: Tensor) -> Tensor:
+        """Give the scores float32 [N, V] of logits: all that comes before the temperature."""
+        assert self._processors is not None
+        known = self.lengths + step
+        return self._processors(
+            logits, step, self.text, known, lambda: self.columns(int(step.max()))
         )
 
+    def choose(self, scores: Tensor, step: Tensor) -> Tensor:
+        """Give a token for each row, int64 [N], of processed scores [N, V]."""
+        return self._sample(scores, step, None, 1.0)
+
+    def _sample(self, scores: Tensor, step: Tensor, text: Tensor | None, penalty: float) -> Tensor:
+        top_k, top_p, min_p = self._filters if self.temperature > 0 else (0, 1.0, 0.0)
+        return ops.sample(
+            scores,
+            text if penalty != 1.0 else None,
+            self.seed,
+            step,
+            self.temperature,
+            min(top_k, scores.shape[-1]),
+            top_p,
+            min_p,
+            penalty,
+        )
+
+    def warped(self, scores: Tensor, least: int = 1) -> Tensor:
+        """Give processed scores [N, V] after temperature and filters; at least `least` are kept."""
+        if self.temperature == 0:
+            return scores
+        return warped(scores, self.temperature, *self._filters, least)
+
+    def columns(self, count: int) -> Tensor:
+        """Give the prompts as given and `count` new tokens of each row, int64 [N, S + count]."""
+        assert self._columns is not None
+        return self._columns[:, : self._prompt_columns + count]
+
     def note(self, tokens: Tensor, step: Tensor) -> None:
-        """Keep tokens int64 [N, n] as those of the steps from `step` [N] on."""
+        """Keep tokens int64 [N, n] as those of the steps from `step` [N] on; -1 is none."""
+        if self.text is None and self._columns is None:
+            return
+        place = step[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         if self.text is not None:
-            column = (self.lengths + step)[:, None]
-            column = column + torch.arange(tokens.shape[1], device=tokens.device)
-            self.text.scatter_(1, column, tokens)
+            self.text.scatter_(1, self.lengths[:, None] + place, tokens)
+        if self._columns is not None:
+            there = place + self._prompt_columns
+            kept = torch.where(tokens < 0, self._columns.gather(1, there), tokens)
+            self._columns.scatter_(1, there, kept)
+
+    def reorder(self, source: Tensor) -> None:
+        """Put what is known of row source[i] in row i; prompts of these rows are the same."""
+        for kept in (self.text, self._columns):
+            if kept is not None:
+                kept.copy_(kept[source])

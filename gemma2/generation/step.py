@@ -43,7 +43,7 @@ class Step:
 
     def begin(self, logits: Tensor) -> None:
         """Choose the first token of each row from the logits [N, V] after its prompt."""
-        drawn = self.run.sampler.draw(logits, self.count)
+        drawn = self.draw(logits)
         self.keep(drawn[:, None], (~self.finished)[:, None])
 
     def __call__(self) -> None:
@@ -56,8 +56,17 @@ class Step:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        drawn = self.run.sampler.draw(logits[:, -1], self.count)
+        drawn = self.draw(logits[:, -1])
         self.keep(drawn[:, None], going_on)
+
+    def draw(self, logits: Tensor, ahead: int = 0) -> Tensor:
+        """Give a token for each row of logits [N, V], its next but `ahead`, and record from what."""
+        sampler, step = self.run.sampler, self.count + ahead if ahead else self.count
+        if self.run.record is None:
+            return sampler.draw(logits, step)
+        scores = sampler.processed(logits, step)
+        self.run.record.put(ahead, logits=logits, scores=sampler.warped(scores))
+        return sampler.choose(scores, step)
 
     def keep(self, drawn: Tensor, kept: Tensor) -> Tensor:
         """Append the tokens `drawn` [N, n] to each row where `kept` [N, n]; give how many, [N].

@@ -658,9 +658,9 @@ def test_an_option_of_the_file_that_is_not_supported_is_an_error_only_when_text_
     tmp_path, model
 ):
     model.save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "length_penalty": 1.0}')
+    (tmp_path / "generation_config.json").write_text('{"num_beam_groups": 4, "typical_p": 1.0}')
     loaded = gemma2.Gemma2ForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"num_beams is 4 \(from the generation config\)"):
+    with pytest.raises(ValueError, match=r"num_beam_groups is 4 \(from the generation"):
         loaded.generate(tokens(1, 6))
 
 
@@ -714,12 +714,41 @@ BAD = [
     ({"seed": 0.5}, TypeError, "seed is 0.5"),
     ({"prefill_chunk_size": 0}, ValueError, "prefill_chunk_size is 0"),
     (
-        {"num_beams": 4},
+        {"num_beam_groups": 4},
         ValueError,
-        "num_beams is 4 (in the call): this option is not supported yet",
+        "num_beam_groups is 4 (in the call): this option is not supported yet",
     ),
     ({"assistant_model": object()}, TypeError, "assistant_model is a object: it must be a Gemma2"),
-    ({"logits_processor": [print]}, ValueError, "logits_processor is a list"),
+    ({"num_beams": 0}, ValueError, "num_beams is 0: it must be an int of at least 1"),
+    ({"num_beams": 2, "num_return_sequences": 3}, ValueError, "only as many texts as beams"),
+    ({"num_beams": 2, "length_penalty": "long"}, TypeError, "length_penalty is 'long'"),
+    ({"num_beams": 2, "length_penalty": 1e3}, ValueError, "20 ** 1000.0 is out of range"),
+    (
+        {"num_beams": 2, "early_stopping": "always"},
+        ValueError,
+        "early_stopping is 'always': it must",
+    ),
+    ({"num_beams": 2, "prompt_lookup_num_tokens": 2}, ValueError, "for one text a row"),
+    ({"num_beams": 2, "cuda_graph": True}, ValueError, "cuda_graph is True, but"),
+    ({"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size is -1"),
+    ({"min_new_tokens": 1.5}, TypeError, "min_new_tokens is 1.5"),
+    ({"min_length": -2}, ValueError, "min_length is -2: it must be an int of at least 0"),
+    ({"suppress_tokens": [97]}, ValueError, "suppress_tokens is 97: the vocabulary has 97 tokens"),
+    ({"suppress_tokens": ["a"]}, TypeError, "suppress_tokens is 'a'"),
+    ({"stop_strings": "."}, ValueError, "stop_strings is ['.'], but there is no tokenizer: pass"),
+    ({"stop_strings": ["."], "tokenizer": "t"}, TypeError, "tokenizer is a str: it must have"),
+    ({"stop_strings": [""]}, ValueError, "stop_strings is ['']: it must be a string that is not"),
+    ({"stop_strings": [3]}, TypeError, "stop_strings is [3]"),
+    ({"stop_strings": 3}, TypeError, "stop_strings is 3: it must be a string"),
+    ({"logits_processor": print}, TypeError, "logits_processor is a builtin_function_or_method"),
+    ({"logits_processor": [3]}, TypeError, "logits_processor[0] is a int: it must be a function"),
+    ({"stopping_criteria": {}}, TypeError, "stopping_criteria is a dict: it must be a list"),
+    ({"return_dict_in_generate": 1}, TypeError, "return_dict_in_generate is 1: it must be a bool"),
+    (
+        {"output_attentions": True},
+        ValueError,
+        "output_attentions is True (in the call): this option",
+    ),
     ({"use_cache": False}, ValueError, "use_cache is False"),
     ({"temprature": 1.0}, TypeError, "unknown option 'temprature': did you mean temperature?"),
     ({"max_tokens": 3}, TypeError, "unknown option 'max_tokens': did you mean"),
