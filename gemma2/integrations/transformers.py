@@ -92,6 +92,7 @@ def attention_mask(
     local_size: int | None = None,
     device: torch.device | str | None = None,
     config: Any = None,
+    use_vmap: bool = False,
     **kwargs: Any,
 ) -> Rows | Tensor:
     """Give what `attention` needs to know of a call: transformers' mask function of "gemma2".
@@ -120,7 +121,8 @@ def attention_mask(
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
     device = torch.device(device or "cpu")
     window = local_size or 0
-    known, documents = _read(mask_function, local_size)
+    known, packed = _read(mask_function, local_size)
+    known = known and not use_vmap  # transformers 5 says so of functions of the caller's
     if known and isinstance(kv_offset, _Offset):
         return kv_offset.cache.lay_out(batch_size, q_length, attention_mask, window, device)
     if known and cache_position is not None and readable(cache_position):
@@ -149,13 +151,12 @@ def attention_mask(
             mask_function=mask_function,
             attention_mask=attention_mask,
             device=device,
-            config=config,
+            use_vmap=use_vmap,
             **kwargs,
         )
     kv_start = None
-    if documents is not None and not (readable(documents) and not bool(documents.any())):
-        documents = documents.contiguous()
-        kv_start = torch.searchsorted(documents, documents)  # the first column of each document
+    if packed and attention_mask is None and q_length == kv_length:
+        kv_start = _documents(mask_function, batch_size, q_length, device)
     return Rows(q_offset - start, end - start, kv_start, kv_offset - start, kv_length, window)
 
 
@@ -185,37 +186,55 @@ _REMAPPED = (  # transformers 5: positions within a document, which differ by as
 )
 
 
-def _read(mask_function: Callable[..., Any], window: int | None) -> tuple[bool, Tensor | None]:
+def _read(mask_function: Callable[..., Any], window: int | None) -> tuple[bool, bool]:
     """Tell whether `mask_function` says causality, `window` and packed documents and no more.
 
     Returns:
-        whether, and the number of each column's document, int64 [B, S], or None for one.
+        whether, and whether there are packed documents in it.
     """
-    found = {"causal": 0, "window": 0}
-    documents: list[Tensor] = []
+    if torch.compiler.is_compiling():  # which does not show what a function closes over
+        plain = mask_function is theirs.causal_mask_function
+        return plain or mask_function.__code__ is _AND, not plain
+    found = {"causal": 0, "window": 0, "packed": 0}
     waiting: list[Any] = [mask_function]
     while waiting:
         part = waiting.pop()
         if part is theirs.causal_mask_function:
             found["causal"] += 1
             continue
-        code = getattr(part, "__code__", None)
-        if code is None or part.__closure__ is None:
-            return False, None
-        names = code.co_freevars
-        held = {n: c.cell_contents for n, c in zip(names, part.__closure__, strict=True)}
+        code, closure = getattr(part, "__code__", None), getattr(part, "__closure__", None)
+        if code is None or closure is None:
+            return False, False
+        held = {n: cell.cell_contents for n, cell in zip(code.co_freevars, closure, strict=True)}
         if code is _AND:
             waiting.extend(held["mask_functions"])
         elif code is _WINDOW and held["sliding_window"] == window:
             found["window"] += 1
         elif code is _PACKED:
-            documents.append(held["packed_sequence_mask"])
+            found["packed"] += 1
         elif code is _REMAPPED:
             waiting.append(held["mask_function"])
         else:
-            return False, None
-    plain = found == {"causal": 1, "window": int(window is not None)} and len(documents) < 2
-    return plain, documents[0] if plain and documents else None
+            return False, False
+    packed = found.pop("packed") > 0
+    return found == {"causal": 1, "window": int(window is not None)}, packed
+
+
+def _documents(
+    mask_function: Callable[..., Any], batch: int, columns: int, device: torch.device
+) -> Tensor | None:
+    """Give the first column of each column's document, int64 [B, S]; None: one document a row.
+
+    A column starts one if it does not see the column before it. (With a window of 1 none does, and
+    it does not matter.)
+    """
+    row = torch.arange(batch, device=device)[:, None]
+    column = torch.arange(columns, device=device)[None]
+    before = (column - 1).clamp(min=0)
+    starts = ~mask_function(row, torch.zeros_like(row), column, before) & (column > 0)
+    if readable(starts) and not bool(starts.any()):
+        return None
+    return (column * starts).cummax(1).values
 
 
 def _matrix(batch_size: int, cache_position: Tensor | None, **kwargs: Any) -> Tensor:
@@ -226,7 +245,7 @@ def _matrix(batch_size: int, cache_position: Tensor | None, **kwargs: Any) -> Te
             "padding only: use a DynamicCache of transformers with other masks"
         )
     if cache_position is not None:
-        for name in ("q_length", "q_offset", "device"):
+        for name in ("q_length", "q_offset", "device", "use_vmap"):
             del kwargs[name]
         kwargs["cache_position"] = cache_position
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
