@@ -13,7 +13,9 @@ import dataclasses
 import json
 import math
 import os
+import stat
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,10 @@ _MAX_LABELS = 100_000
 _MAX_SIZE = 2**24
 _MAX_HEADS = 2**16
 _MAX_TOKENS = 2**31 - 1
-_MAX_CONFIG_BYTES = 16 * 2**20
+# Parsed, a small value takes many times its text.
+MAX_JSON_BYTES = 2 * 2**20
+_MAX_JSON_CONTAINERS = 100_000
+_MAX_JSON_DEPTH = 50
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "2b": {},
@@ -86,7 +91,7 @@ def _show(value: object) -> str:
     """Give `value` for an error: one line, never the megabytes of a hostile file."""
     try:
         text = repr(value)
-    except ValueError:  # an int with more digits than Python agrees to print
+    except (ValueError, RecursionError):  # an int with more digits than Python agrees to print
         text = f"a value of type {type(value).__name__} too large to print"
     return text if len(text) <= 120 else text[:100] + f"... ({len(text)} characters)"
 
@@ -530,8 +535,19 @@ class Gemma2Config:
         return dict(sorted(out.items()))
 
     def to_json(self) -> str:
-        """Give `to_dict` as the text of a ``config.json``."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        """Give `to_dict` as the text of a ``config.json``.
+
+        Raises:
+            TypeError, ValueError: as `to_dict`, or the text would be longer than is read.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        size = len(text.encode("utf-8"))
+        if size > MAX_JSON_BYTES:
+            raise ValueError(
+                f"config: written as JSON it has {size} bytes, but at most {MAX_JSON_BYTES} are "
+                "read: give shorter or fewer labels"
+            )
+        return text
 
 
 _FIELDS = {item.name for item in dataclasses.fields(Gemma2Config)} - {"extra"}
@@ -542,22 +558,71 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is too large, or is no JSON object; the text begins with the path.
+        ValueError: it is no regular file, is too large, or `parse_json` refuses what is in it; the
+            text begins with the path.
     """
-    size = path.stat().st_size
-    if size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: the file has {size} bytes: at most {_MAX_CONFIG_BYTES} are read")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading from a pipe may never end
+        raise ValueError(f"{path}: it must be a regular file")
+    if status.st_size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path}: the file has {status.st_size} bytes: at most {MAX_JSON_BYTES} are read"
+        )
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
-    def refuse(name: str) -> Any:
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """Give the JSON object in `content`, which is not trusted.
+
+    Raises:
+        ValueError: it is no JSON object, names a key twice, holds a number that is not finite or a
+            string that is no text, or is nested deeper than anything that is meant for a model.
+    """
+
+    def constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON number")
 
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{text[:40]} is no finite number")
+        return float(text)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{_show(name)} is given {count} times")
+        return values
+
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
+        text = content.decode("utf-8")
+        values = json.loads(
+            text, parse_constant=constant, parse_float=finite, object_pairs_hook=once
+        )
+        if "\\ud" in text.lower():  # half of a pair of surrogates is no character
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        raise ValueError(f"not readable as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds {_show(values)}: it must hold a JSON object")
-    return values
+        raise ValueError(f"holds {_show(values)}: it must hold a JSON object")
+    level: list[Any] = [values]
+    total = 0
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [
+            item
+            for holder in level
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(item, (dict, list))
+        ]
+        total += len(level)
+        if not level:
+            return values
+        if total > _MAX_JSON_CONTAINERS:
+            raise ValueError(f"it holds more than {_MAX_JSON_CONTAINERS} lists and objects")
+    raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
 
 
 def _check_honoured(values: Mapping[str, Any]) -> None:

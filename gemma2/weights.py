@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from gemma2.config import read_json
+from gemma2.archive import check_archive
+from gemma2.config import MAX_JSON_BYTES, parse_json, read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -125,20 +125,37 @@ class _SafetensorsFile:
             with safe_open(self.path, framework="pt", device="cpu") as handle:
                 yield handle
         except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path}: not a readable safetensors file: {error}"
-            ) from error
+            raise self._damaged(error) from error
 
     def infos(self) -> dict[str, TensorInfo]:
-        found = {}
-        with self._open() as handle:
-            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
-                part = handle.get_slice(name)
-                dtype = str(part.get_dtype())
-                found[name] = TensorInfo(
-                    self.path, tuple(part.get_shape()), DTYPES.get(dtype), dtype
+        content = self._header()
+        with self._open():
+            pass
+        try:
+            header = parse_json(content)  # the library takes a name that is given twice
+        except ValueError as error:
+            raise self._damaged(error) from error
+        header.pop("__metadata__", None)
+        return {
+            name: TensorInfo(
+                self.path, tuple(entry["shape"]), DTYPES.get(entry["dtype"]), entry["dtype"]
+            )
+            for name, entry in header.items()
+        }
+
+    def _header(self) -> bytes:
+        if not self.path.is_file():  # opening a pipe may never end
+            raise self._damaged("no regular file")
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_JSON_BYTES:
+                raise self._damaged(
+                    f"a header of {length} bytes: at most {MAX_JSON_BYTES} are read"
                 )
-        return found
+            return file.read(length)
+
+    def _damaged(self, reason: object) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a readable safetensors file: {reason}")
 
     def tensor(self, name: str) -> Tensor:
         # Opened for every tensor: the mapping ends with the tensor, and with it the pages of the
@@ -157,15 +174,19 @@ class PickleFile:
     def __init__(self, path: Path, key: str | None = None) -> None:
         self.path = path
         self.key = key
+        self.checked = False
 
     def _load(self) -> dict[str, Tensor]:
         # Mapping keeps a lying size from taking memory, and leaves out the format before torch 1.6.
         try:
+            if not self.checked:
+                check_archive(self.path)
+                self.checked = True
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        except Exception as error:  # torch has no error of its own for damaged files
             raise CheckpointError(
                 f"{self.path}: refused: it is damaged, holds more than tensors, or is older than "
-                "torch 1.6"
+                f"torch 1.6 ({str(error).partition(chr(10))[0][:200]})"
             ) from error
         if self.key is not None and isinstance(state, dict):
             state = state.get(self.key, state)
@@ -175,7 +196,7 @@ class PickleFile:
             raise CheckpointError(f"{self.path}: it must hold a dict of names and tensors")
         for name, tensor in state.items():
             size = tensor.numel() * tensor.element_size()
-            if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < size:
+            if tensor.untyped_storage().nbytes() < size:
                 raise CheckpointError(
                     f"{self.path}: {shown(name)} of shape {list(tensor.shape)} is not stored in "
                     "full"
@@ -210,14 +231,18 @@ class Weights:
     entry: Path
     tensors: dict[str, TensorInfo]
     problems: list[str] = field(default_factory=list)
+    readers: dict[Path, _File] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
         """Give the tensor `name` on the CPU, in its file's dtype, mapped from the file."""
-        return _reader(self.tensors[name].file).tensor(name)
+        return self.readers[self.tensors[name].file].tensor(name)
 
-
-def _reader(path: Path) -> _File:
-    return _SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+    def add(self, file: Path) -> dict[str, TensorInfo]:
+        """Give what the file says of its tensors, and keep who can read them."""
+        safe = file.suffix == ".safetensors"
+        reader: _File = _SafetensorsFile(file) if safe else PickleFile(file)
+        self.readers[file] = reader
+        return reader.infos()
 
 
 def checked_folder(folder: PathLike) -> Path:
@@ -228,6 +253,16 @@ def checked_folder(folder: PathLike) -> Path:
             f"{path}: {what}: give the folder with {CONFIG} and {SAFE} (nothing is downloaded)"
         )
     return path
+
+
+def check_finished(folder: Path) -> None:
+    """Check that no save was interrupted while it replaced the files in `folder`."""
+    unfinished = sorted(folder.glob(REPLACING + "*"))
+    if unfinished:
+        raise CheckpointError(
+            f"{folder}: a save was interrupted while it replaced the files. Save again, or move "
+            f"the rest of the new files from {unfinished[0].name} into the folder and remove it"
+        )
 
 
 def find_weights(folder: PathLike) -> Weights:
@@ -242,18 +277,15 @@ def find_weights(folder: PathLike) -> Weights:
             a file is damaged.
     """
     path = checked_folder(folder)
-    unfinished = sorted(path.glob(REPLACING + "*"))
-    if unfinished:
-        raise CheckpointError(
-            f"{path}: a save was interrupted while it replaced the files. Save again, or move the "
-            f"rest of the new files from {unfinished[0].name} into the folder and remove it"
-        )
+    check_finished(path)
     for name in (SAFE, SAFE_INDEX, BIN, BIN_INDEX):
         entry = path / name
         if not entry.is_file():
             continue
         if name in (SAFE, BIN):
-            return Weights(path, entry, _reader(entry).infos())
+            weights = Weights(path, entry, {})
+            weights.tensors = weights.add(entry)
+            return weights
         return from_index(path, entry)
     held = ", ".join(sorted(item.name for item in path.iterdir())[:20]) or "nothing"
     raise FileNotFoundError(f"{path}: no {SAFE}, {SAFE_INDEX} or {BIN} here; it holds {held}")
@@ -269,6 +301,7 @@ def from_index(folder: Path, entry: Path) -> Weights:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{entry}: weight_map must be an object of tensor names and files")
     files: dict[str, dict[str, TensorInfo]] = {}
+    weights = Weights(folder, entry, {})
     absent = []
     for file in dict.fromkeys(
         value if isinstance(value, str) else repr(value) for value in weight_map.values()
@@ -277,10 +310,12 @@ def from_index(folder: Path, entry: Path) -> Weights:
         if not shard.is_file():
             absent.append(file)
             continue
-        files[file] = _reader(shard).infos()
+        files[file] = weights.add(shard)
     if absent:
-        raise CheckpointError(f"{entry}: it names files that are missing: {', '.join(absent)}")
-    weights = Weights(folder, entry, {})
+        more = f" and {len(absent) - 20} more" if len(absent) > 20 else ""
+        raise CheckpointError(
+            f"{entry}: it names files that are missing: {', '.join(absent[:20])}{more}"
+        )
     for name, file in weight_map.items():
         if name in files[file]:
             weights.tensors[name] = files[file][name]

@@ -1,0 +1,158 @@
+"""What is in an archive of torch.save, checked before torch reads it.
+
+``torch.load(weights_only=True)`` runs no code of a file, but it trusts more than that: it maps a
+compressed record as if it were plain, calls what takes memory at will (``bytearray``), and dies of
+deep nesting. Files of weights have none of that, so whatever is not needed for tensors in
+dictionaries is refused here.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["check_archive"]
+
+# Room for tens of thousands of names, while reading takes a second or two at worst.
+_MAX_PICKLE = 2 * 2**20
+_MAX_DIRECTORY = 8 * 2**20
+_MAX_STACK = 10_000  # values that wait; a writer hands over a thousand pairs at a time
+_MAX_NESTING = 20
+
+_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+} | {
+    f"torch {kind}Storage"
+    for kind in (
+        *("Double", "Float", "Half", "BFloat16", "ComplexFloat", "ComplexDouble"),
+        *("Long", "Int", "Short", "Char", "Byte", "Bool"),
+    )
+}
+_OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
+# These put further values into the one that they begin with.
+_FILLING = {"BUILD", "SETITEM", "SETITEMS", "APPEND", "APPENDS"}
+
+
+def check_archive(path: Path) -> None:
+    """Check that the file of torch.save `path` holds tensors in dictionaries and nothing else.
+
+    Only the directory and the pickle are read.
+
+    Raises:
+        ValueError: it does not; the text says what it holds, not in which file.
+        OSError: it cannot be opened.
+    """
+    if not path.is_file():  # opening a pipe may never end
+        raise ValueError("no regular file")
+    with open(path, "rb") as file:
+        _check_pickle(_pickle(file))
+
+
+def _pickle(file: BinaryIO) -> bytes:
+    size = file.seek(0, 2)
+    if _directory_size(file, size) > _MAX_DIRECTORY:
+        raise ValueError(f"a directory of more than {_MAX_DIRECTORY} bytes")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
+    if len({info.filename for info in infos}) < len(infos):
+        raise ValueError("an archive that names a record twice")
+    found = None
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise ValueError("compressed or encrypted records")
+        start = _start(file, info.header_offset)
+        if start + info.file_size > size:
+            raise ValueError("a record that ends behind the file")
+        if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1:
+            found = start, info.file_size
+    if found is None:
+        raise ValueError("no data.pkl")
+    if found[1] > _MAX_PICKLE:
+        raise ValueError(f"a pickle of {found[1]} bytes: at most {_MAX_PICKLE} are read")
+    file.seek(found[0])
+    return file.read(found[1])
+
+
+def _directory_size(file: BinaryIO, size: int) -> int:
+    """Give what the end of an archive says of its directory, before it is read."""
+    file.seek(max(0, size - 2**16 - 200))
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    if end < 0 or len(tail) < end + 22:
+        raise ValueError("no archive")
+    (short,) = struct.unpack_from("<I", tail, end + 12)
+    if end >= 76 and tail[end - 76 :].startswith(b"PK\6\6"):
+        (long,) = struct.unpack_from("<Q", tail, end - 36)
+        return max(int(long), short if short != 0xFFFFFFFF else 0)
+    return int(short)
+
+
+def _start(file: BinaryIO, header: int) -> int:
+    """Give where a record's content begins."""
+    file.seek(header)
+    local = file.read(30)
+    if len(local) < 30 or not local.startswith(b"PK\3\4"):
+        raise ValueError("a record without a header")
+    name, extra = struct.unpack_from("<HH", local, 26)
+    return header + 30 + int(name) + int(extra)
+
+
+def _check_pickle(content: bytes) -> None:
+    """Follow a pickle's instructions as far as to know what is called and how deep values nest."""
+    depths: list[int] = []  # of each value that waits
+    marks: list[int] = []  # how many values waited at each mark
+    memo: dict[Any, int] = {}
+    try:
+        for code, argument, _ in pickletools.genops(content):
+            if code.name not in _OPCODES:
+                raise ValueError(f"the instruction {code.name}")
+            if code.name == "GLOBAL" and argument not in _GLOBALS:
+                raise ValueError(f"the global {argument[:100]!r}")
+            if code.name == "MARK":
+                marks.append(len(depths))
+            elif code.name in ("BINPUT", "LONG_BINPUT"):
+                memo[argument] = depths[-1]
+            elif code.name in ("BINGET", "LONG_BINGET"):
+                depths.append(memo[argument])
+            else:
+                _apply(code, depths, marks)
+            if len(depths) + len(marks) > _MAX_STACK:
+                raise ValueError("too many values at once")
+    except (IndexError, KeyError) as error:
+        raise ValueError("a pickle that takes what is not there") from error
+
+
+def _apply(code: pickletools.OpcodeInfo, depths: list[int], marks: list[int]) -> None:
+    """Take from `depths` what an instruction takes, and put what it gives."""
+    wanted, above = code.stack_before, len(depths)
+    if pickletools.markobject in wanted:
+        above = marks.pop()
+        wanted = wanted[: wanted.index(pickletools.markobject)]
+    low = above - len(wanted)
+    if low < (marks[-1] if marks else 0):
+        raise IndexError(low)
+    taken = depths[low:]
+    del depths[low:]
+    if not code.stack_after:
+        return
+    if code.name in _FILLING:
+        depth = max(taken[0], 1 + max(taken[1:], default=0))
+    else:
+        depth = 1 + max(taken, default=0)
+    if depth > _MAX_NESTING:
+        raise ValueError(f"values nested more than {_MAX_NESTING} deep")
+    depths.append(depth)
