@@ -164,13 +164,13 @@ def tiny(
 
 
 @functools.lru_cache(maxsize=8)
-def lively(shape: str = "three") -> Any:
+def lively(shape: str = "three", **overrides: Any) -> Any:
     """A float32 model whose greedy text depends on all of the text before. Cached like `tiny`.
 
     The models of `tiny` repeat their last token for ever: the stream is mostly its embedding, which
     the tied head finds again. Here the layers add as much, and the head is another matrix.
     """
-    cfg = config(shape, tie_word_embeddings=False)
+    cfg = config(shape, tie_word_embeddings=False, **overrides)
     state = state_dict(cfg)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].roll(31, dims=0)
     state["lm_head.weight"][:3] = 0.0  # special tokens are not what is written here
