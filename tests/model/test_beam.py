@@ -83,7 +83,7 @@ def test_tokens_and_scores_are_those_of_transformers(shape, search):
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_options_together_give_what_transformers_gives(data):
     shape = data.draw(st.sampled_from(["three", "single"]), "shape")
     draw = functools.partial(data.draw)
