@@ -39,18 +39,17 @@ _SAVED_AS = {dtype: name for name, dtype in DTYPES.items()} | {
 }
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
+    """Give the bytes that a max_shard_size means: 5, "5GB" = 5e9, "5GiB" = 5 * 2**30."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
     text = str(size).strip().upper()
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text)
     if isinstance(size, bool) or not found or found[2] not in units:
-        raise ValueError(
-            f'save_pretrained: max_shard_size is {size!r}: it must be bytes, or like "5GB"'
-        )
+        raise ValueError(f'max_shard_size is {size!r}: it must be bytes, or like "5GB"')
     count = int(float(found[1]) * units[found[2]])
     if count < 1:
-        raise ValueError(f"save_pretrained: max_shard_size is {size!r}: it must be at least 1 byte")
+        raise ValueError(f"max_shard_size is {size!r}: it must be at least 1 byte")
     return count
 
 
@@ -76,8 +75,8 @@ def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
-    """Give file name -> tensor names in order; one is above `limit` only with one tensor."""
+def in_shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    """Give the names shard by shard, in order; one is above `limit` only with one tensor."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -87,12 +86,15 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> dict[str, list[str]]:
             size = 0
         groups[-1].append(name)
         size += count
-    if len(groups) == 1:
-        return {SAFE: groups[0]}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
-        for i, group in enumerate(groups, start=1)
-    }
+    return groups
+
+
+def index_text(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]]) -> str:
+    """Give the text of the index of `shards`, which maps files to the names of their tensors."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
 
 
 def _write_safetensors(
@@ -153,13 +155,15 @@ def write_hub(
     limit: bytes in a shard.
     advance: is told of bytes written.
     """
-    shards = _shards(tensors, limit)
-    texts = dict(texts)
-    if SAFE not in shards:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[SAFE_INDEX] = json.dumps(index, indent=2) + "\n"
+    groups = in_shards(tensors, limit)
+    shards = {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+        for i, names in enumerate(groups, start=1)
+    }
+    if len(groups) == 1:
+        shards = {SAFE: groups[0]}
+    else:
+        texts = {**texts, SAFE_INDEX: index_text(tensors, shards)}
     for file, names in shards.items():
         _write_safetensors(folder / file, {name: tensors[name] for name in names}, parts, advance)
     for file, text in texts.items():
@@ -190,7 +194,7 @@ def save_pretrained(
             equal to the embedding to which the configuration ties it.
         OSError: the disk refused; the folder is as it was.
     """
-    limit = _parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     tensors = _saved_tensors(model)
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -216,10 +220,10 @@ def _config_text(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if not isinstance(config, Gemma2Config):
         raise TypeError(f"save_pretrained: model.config is {config!r}: it must be a Gemma2Config")
-    dtype = next(model.parameters()).dtype
-    written = dataclasses.replace(
-        config,
-        architectures=[type(model).__name__],
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    return written.to_json()
+    return config_text(config, type(model).__name__, next(model.parameters()).dtype)
+
+
+def config_text(config: Gemma2Config, architecture: str, dtype: torch.dtype) -> str:
+    """Give the text of the ``config.json`` of a model of class `architecture` in `dtype`."""
+    name = str(dtype).removeprefix("torch.")
+    return dataclasses.replace(config, architectures=[architecture], dtype=name).to_json()

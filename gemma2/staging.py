@@ -117,9 +117,14 @@ def _replace(target: Path, replacing: Path, entries: Sequence[str], stale: re.Pa
             item.unlink(missing_ok=True)
         elif item.name.startswith(REPLACING):
             shutil.rmtree(item, ignore_errors=True)
-        elif item.name.startswith(_WRITING):
+        elif is_leftover(item):
             _remove_if_old(item)
     sync(target)
+
+
+def is_leftover(item: Path) -> bool:
+    """Tell whether something in a folder is what an interrupted write has left there."""
+    return item.name.startswith(_WRITING)
 
 
 def _sibling(target: Path) -> Path:

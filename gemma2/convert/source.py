@@ -8,7 +8,8 @@ opened, before a tensor is read, so that all that is wrong comes in one `Checkpo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -33,6 +34,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_PART = 2**24  # elements that are converted or compared at once
 
 
 class Source(Protocol):
@@ -46,11 +48,16 @@ class Source(Protocol):
     tokenizer: files of a tokenizer that go with the weights, perhaps none.
     """
 
-    config: Gemma2Config
-    tensors: dict[str, TensorInfo]
-    dtype: torch.dtype
-    generation: GenerationConfig | None
-    tokenizer: list[Path]
+    @property
+    def config(self) -> Gemma2Config: ...
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def generation(self) -> GenerationConfig | None: ...
+    @property
+    def tokenizer(self) -> list[Path]: ...
 
     def read(self, name: str) -> Tensor:
         """Give one tensor on the CPU as the hub's layout means it, perhaps mapped from its file.
@@ -146,16 +153,24 @@ def given_config(
         if size not in SIZES:
             raise ValueError(f'convert: size is {size!r}: it must be "2b", "9b" or "27b"')
         return SIZES[size]()
-    if isinstance(config, Gemma2Config):
-        return config
-    if config is not None:
-        file = Path(config)
-        file = file / CONFIG if file.is_dir() else file
-        if not file.is_file():
-            raise FileNotFoundError(f"convert: config is {file}: there is no such file")
-        return Gemma2Config.from_json_file(file)
-    beside = folder_of(path) / CONFIG
-    return Gemma2Config.from_json_file(beside) if beside.is_file() else None
+    file = folder_of(path) / CONFIG
+    if config is None and not file.is_file():
+        return None
+    if not isinstance(config, Gemma2Config):
+        if config is not None:
+            file = Path(config) / CONFIG if Path(config).is_dir() else Path(config)
+            if not file.is_file():
+                raise FileNotFoundError(f"convert: config is {file}: there is no such file")
+        with warnings.catch_warnings():  # about the 224, which is an error here
+            warnings.simplefilter("ignore", UserWarning)
+            config = Gemma2Config.from_json_file(file)
+    nine = SIZES["9b"](query_pre_attn_scalar=224)
+    if config.query_pre_attn_scalar == 224 and hub_shapes(config) == hub_shapes(nine):
+        raise ValueError(
+            "convert: query_pre_attn_scalar is 224 in the configuration of a 9B: the model was "
+            'trained with 256, and 224 is a known error of old conversions. Pass size="9b"'
+        )
+    return config
 
 
 def folder_of(path: Path) -> Path:
@@ -173,6 +188,56 @@ def tokenizer_beside(path: Path) -> list[Path]:
     """Give the tokenizer's files that lie beside a checkpoint."""
     files = [folder_of(path) / name for name in TOKENIZER_FILES]
     return [file for file in files if file.is_file()]
+
+
+def generation_of(source: Source) -> GenerationConfig:
+    """Give the source's generation settings, or those that follow from its configuration."""
+    if source.generation is not None:
+        return source.generation
+    config = source.config
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def layout_of(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], int]:
+    """Give tensors of these shapes without memory, and how many bytes they would have."""
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+    }
+    return tensors, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def parts_of(source: Source, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Give the elements of a tensor in order and in `dtype`, a part at a time."""
+    for part in source.read(name).reshape(-1).split(_PART):
+        yield cast(part, dtype, name)
+
+
+def verify(
+    source: Source, written: Source, dtype: torch.dtype, advance: Callable[[int], object]
+) -> None:
+    """Compare what was written, bit by bit, with what was to be written.
+
+    Raises:
+        CheckpointError: the text names the first tensor that differs.
+    """
+    for name in source.tensors:
+        found = written.read(name).reshape(-1).split(_PART)
+        for wanted, part in zip(parts_of(source, name, dtype), found, strict=True):
+            # as bytes: NaN equals itself, and -0 is not 0
+            if part.dtype != dtype or not torch.equal(
+                part.contiguous().view(torch.uint8), wanted.contiguous().view(torch.uint8)
+            ):
+                raise CheckpointError(
+                    f"{written.tensors[name].file}: {name} reads back other than it was written: "
+                    "the disk or the memory is faulty, or another process writes there"
+                )
+            advance(part.numel() * part.element_size())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

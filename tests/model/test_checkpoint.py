@@ -488,7 +488,7 @@ def test_a_file_without_tensors_lacks_them_all(folder: Path) -> None:
         ),
         (
             '{"weight_map": {"a": "\\ud800.safetensors"}}',
-            "it must be the name of a .safetensors or .bin file in the same folder",
+            "not readable as JSON: 'utf-8' codec can't encode character",
         ),
         (
             '{"weight_map": {"a": "' + "x" * 5000 + '.safetensors"}}',
@@ -627,7 +627,7 @@ def test_code_in_a_pickle_does_not_run(folder: Path, tmp_path: Path) -> None:
         ),
         (
             {NORM: torch.zeros(3, 3).to_sparse()},
-            r"model\.norm\.weight of shape .* is not stored in",
+            r"refused: .* \(the global 'torch\._utils _rebuild_sparse_tensor'\)",
         ),
     ],
     ids=["list", "nested", "expanded", "sparse"],
@@ -694,7 +694,7 @@ def test_tensors_are_aligned_in_the_file(folder: Path) -> None:
     [("5GB", 5 * 10**9), ("1.5 KiB", 1536), ("500mb", 5 * 10**8), ("7", 7), (9, 9)],
 )
 def test_sizes_are_read_as_people_write_them(text: int | str, size: int) -> None:
-    assert saving._parse_size(text) == size
+    assert saving.parse_size(text) == size
 
 
 @pytest.mark.parametrize("size", ["", "5 apples", "-1", 0, -5, "0GB", True, None, "1e9"])
