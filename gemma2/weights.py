@@ -216,7 +216,7 @@ class PickleFile:
         }
 
     def tensor(self, name: str) -> Tensor:
-        return self._load()[name]
+        return self._load()[name].detach()  # a parameter may lie there
 
 
 @dataclass
