@@ -212,7 +212,7 @@ def from_json(path: Path) -> Vocabulary:
     for text, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < len(pieces) or pieces[number]:
             raise UnfaithfulError("its ids are not the numbers from 0 on")
-        pieces[number] = text
+        pieces[number] = text.replace(" ", SPACE)
     if "\t" in ids and _BYTE_NAMES[9] not in ids:  # transformers calls the byte so
         pieces[ids["\t"]] = _BYTE_NAMES[9]
         ids[_BYTE_NAMES[9]] = ids.pop("\t")
