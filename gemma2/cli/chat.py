@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,7 @@ class _Chat:
     def __init__(self, args: argparse.Namespace, conversation: Conversation) -> None:
         self.args, self.conversation = args, conversation
         self.interactive = sys.stdin.isatty()
-        self.view = answer_view(args.plain)
+        self.view = answer_view(args.plain, args.json)
 
     def run(self) -> None:
         if self.interactive:
@@ -205,20 +205,18 @@ class _Chat:
             raise CommandError(f"/{name} " + ("takes nothing more" if rest else "needs a FILE"))
         commands[name](rest)
 
-    def _answer(self, pieces: Iterator[str]) -> None:
+    def _answer(self, pieces: Generator[str, None, None]) -> None:
         conversation = self.conversation
+        before = conversation.written
         try:
             with _ctrl_c_stops(conversation):
-                if self.args.json:
-                    for _ in pieces:
-                        pass
-                else:
-                    self._show(pieces)
+                self._show(pieces)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
-            say("(stopped before the answer began: the message is not in the history)")
-            return
+            if conversation.written == before:
+                say("(stopped before the answer began: the message is not in the history)")
+                return
         if self.args.json:
             print(json.dumps({**conversation.last, **conversation.stats()}), flush=True)
         reason = conversation.last["finish_reason"]
@@ -232,11 +230,12 @@ class _Chat:
         if reason in notes:
             say(notes[reason])
 
-    def _show(self, pieces: Iterator[str]) -> None:
+    def _show(self, pieces: Generator[str, None, None]) -> None:
         view: Answer = self.view()
         try:
-            for piece in pieces:
-                view.put(piece)
+            with contextlib.closing(pieces):
+                for piece in pieces:
+                    view.put(piece)
         finally:
             view.end()
 
@@ -280,7 +279,7 @@ class _Chat:
             print(json.dumps(found), flush=True)
             return
         print(
-            f"{found['messages']} messages, {found['tokens']} tokens of {found['context']}\n"
+            f"{found['messages']} messages, {found['conversation_tokens']} tokens of {found['context']}\n"
             f"the model has read {found['read_tokens']} tokens in all, "
             f"{found['read_again_tokens']} of them again; its cache holds "
             f"{found['cached_tokens']} in {found['cache_bytes'] / 2**20:.1f} MiB"
@@ -311,13 +310,7 @@ class _Chat:
 @contextlib.contextmanager
 def _ctrl_c_stops(conversation: Conversation) -> Iterator[None]:
     """Let Ctrl-C end the answer between two tokens, and a second one at once."""
-
-    def heed(signum: int, frame: object) -> None:
-        if conversation.stopping:
-            raise KeyboardInterrupt
-        conversation.stop()
-
-    before = signal.signal(signal.SIGINT, heed)
+    before = signal.signal(signal.SIGINT, lambda signum, frame: conversation.stop())
     try:
         yield
     finally:

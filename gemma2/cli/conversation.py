@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,24 +26,15 @@ __all__ = ["Conversation", "Definitions"]
 
 _SETTINGS = {item.name for item in dataclasses.fields(GenerationConfig)} - {"extra"}
 
-# Ctrl-C is heeded between chunks while a prompt is read.
-_CHUNK_ON_CPU = 256
-
-
-class _Stopped(KeyboardInterrupt):
-    """The user has enough of an answer; raised where nothing is half done."""
+# The end of the text before the last message, and of that message: so that it can be taken back, or
+# answered again, when the sliding layers have forgotten what was before.
+_SNAPSHOTS = 2
 
 
 class _CountingCache(HybridCache):
-    """Counts the tokens that the model reads, and refuses to let it read once `stopped` is set."""
+    """Counts the tokens that the model reads."""
 
     read = 0
-    stopped = False
-
-    def begin(self, q_start: Tensor, kv_len: Tensor, columns: int, dtype: torch.dtype) -> None:
-        if self.stopped:
-            raise _Stopped
-        super().begin(q_start, kv_len, columns, dtype)
 
     def commit(self, q_start: Tensor, kv_len: Tensor, columns: int) -> None:
         super().commit(q_start, kv_len, columns)
@@ -82,6 +73,7 @@ class Conversation:
         self.model, self.tokenizer = model, tokenizer
         self.options, self.context, self.seed = dict(options), context, seed
         self.written = 0  # answers, for their seeds
+        self._begun = self._stopped = False  # of the answer that is being written
         self._end = self._end_of_turn()
         own = model.generation_config.eos_token_ids
         ends = {*own, self._end, tokenizer.eos_id}
@@ -94,7 +86,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.last: dict[str, Any] = {}
         self._answers: list[int] = []  # where in `ids` each answer begins
-        self.cache = _CountingCache(self.model.config, 1)
+        self.cache = _CountingCache(self.model.config, 1, keep_snapshots=_SNAPSHOTS)
 
     # ---- tokens of a turn -----------------------------------------------------------------------
 
@@ -117,11 +109,11 @@ class Conversation:
 
     # ---- answers --------------------------------------------------------------------------------
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Give the answer to a message in pieces; it is in the history when the last has been taken.
 
-        `stop` ends it earlier. KeyboardInterrupt if that was before its first word: then the message
-        is not in the history either.
+        An answer that is stopped, interrupted or closed is in the history as far as it has come. Before
+        its first token KeyboardInterrupt passes through, and the message is not in the history either.
 
         Raises:
             CommandError: the message is empty, or the context is full. Nothing has been changed.
@@ -131,7 +123,7 @@ class Conversation:
         message = {"role": "user", "content": text.strip()}
         return self._answer(self._prompt(text), [*self.messages, message], self._answers)
 
-    def ask_again(self) -> Iterator[str]:
+    def ask_again(self) -> Generator[str, None, None]:
         """Give another answer to the last message, in place of the last one; as `ask`."""
         if not self.messages:
             raise CommandError("there is no answer yet that could be written again")
@@ -139,17 +131,18 @@ class Conversation:
         return self._answer(prompt, self.messages[:-1], self._answers[:-1])
 
     def stop(self) -> None:
-        """Let the answer end after the token that is being computed; for signal handlers."""
-        self.cache.stopped = True
+        """End the answer after the token that is being computed; for signal handlers.
 
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` has been called during this answer."""
-        return self.cache.stopped
+        Raises:
+            KeyboardInterrupt: it has not begun, or this is the second time.
+        """
+        if self._stopped or not self._begun:
+            raise KeyboardInterrupt
+        self._stopped = True
 
     def _answer(
         self, prompt: list[int], messages: list[dict[str, str]], answers: list[int]
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         room = self.context - len(prompt)
         if room < 1:
             raise CommandError(
@@ -161,16 +154,15 @@ class Conversation:
 
     def _write(
         self, prompt: list[int], messages: list[dict[str, str]], answers: list[int], room: int
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         cache, options = self.cache, dict(self.options)
         most = min(options.pop("max_new_tokens"), room)
         seed = None if self.seed is None else (self.seed + self.written) % 2**63
-        cache.stopped = False
         decoder = self.tokenizer.decode_stream()
         tokens: list[int] = []
         pieces: list[str] = []
-        read = cache.read
-        start = first = time.perf_counter()
+        self._begun = self._stopped = False
+        before, start = cache.read, time.perf_counter()
         content = torch.tensor([prompt], device=self.model.device)
         steps = self.model.stream(
             content,
@@ -179,38 +171,29 @@ class Conversation:
             past_key_values=cache,
             max_new_tokens=most,
             eos_token_id=self._ends,
-            prefill_chunk_size=_CHUNK_ON_CPU if content.device.type == "cpu" else None,
             seed=seed,
             **options,
         )
         try:
             for step in steps:
                 if not tokens:
-                    first = time.perf_counter()
-                    read = cache.read - read
+                    read, first = cache.read - before, time.perf_counter()
                 tokens.append(int(step))
+                self._begun = True
                 piece = "" if tokens[-1] in self._ends else decoder.put(tokens[-1])
                 if piece:
                     pieces.append(piece)
                     yield piece
-                if cache.stopped:
+                if self._stopped:
                     break
-        except _Stopped:
-            if not tokens:
-                raise
-        except KeyboardInterrupt:  # at any moment, even in the midst of writing to the cache
-            cache.reprocessed += cache.get_seq_length()
-            cache.reset()
+            pieces.append(decoder.end())
+            yield pieces[-1]
+        except (KeyboardInterrupt, GeneratorExit):
             if not tokens:
                 raise
         finally:
+            self._begun = False
             steps.close()  # type: ignore[attr-defined]  # a generator
-            if cache.text is None:
-                cache.text = [[*prompt, *tokens][: cache.get_seq_length()]]
-        rest = decoder.end()
-        if rest:
-            pieces.append(rest)
-            yield rest
         end = time.perf_counter()
         if tokens[-1] in self._ends:
             reason = "end"
@@ -219,11 +202,12 @@ class Conversation:
         else:
             reason = "length" if most < room else "context"
         self.ids = self._closed(prompt, tokens)
-        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+        text = "".join(pieces) + decoder.end()
+        self.messages = [*messages, {"role": "assistant", "content": text.strip()}]
         self._answers = [*answers, len(prompt)]
         self.written += 1
         self.last = {
-            "text": "".join(pieces),
+            "text": text,
             "tokens": tokens,
             "finish_reason": reason,
             "seed": seed,
@@ -240,7 +224,7 @@ class Conversation:
         """Give counts of tokens: all, cached, read by the model in all, read again; and bytes."""
         return {
             "messages": len(self.messages),
-            "tokens": len(self.ids),
+            "conversation_tokens": len(self.ids),
             "context": self.context,
             "cached_tokens": self.cache.get_seq_length(),
             "read_tokens": self.cache.read,

@@ -46,7 +46,10 @@ def read_message() -> str:
     if line.lstrip().startswith(QUOTES):
         lines = [line.lstrip()[len(QUOTES) :]]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(_line(". "))
+            try:
+                lines.append(_line(". "))
+            except EOFError:
+                raise CommandError(f"the input ends within {QUOTES}") from None
         lines[-1] = lines[-1].rstrip()[: -len(QUOTES)]
     else:
         lines = [line]
@@ -167,8 +170,18 @@ def complete_part(text: str) -> int:
     return done
 
 
-def answer_view(plain: bool) -> Callable[[], Answer]:
+class _Silent:
+    def put(self, piece: str) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def answer_view(plain: bool, silent: bool) -> Callable[[], Answer]:
     """Give what makes the view of each answer: plain text if asked for or if there is no choice."""
+    if silent:
+        return _Silent
     dumb = os.environ.get("TERM", "") in ("dumb", "unknown", "") or os.environ.get("NO_COLOR")
     if plain or dumb or not sys.stdout.isatty():
         return _Plain
