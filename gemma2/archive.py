@@ -70,13 +70,14 @@ def _pickle(file: BinaryIO) -> bytes:
         raise ValueError(str(error)) from error
     if len({info.filename for info in infos}) < len(infos):
         raise ValueError("an archive that names a record twice")
-    found = None
-    for info in infos:
+    found, free = None, 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError("compressed or encrypted records")
-        start = _start(file, info.header_offset)
-        if start + info.file_size > size:
-            raise ValueError("a record that ends behind the file")
+        start = _start(file, info)
+        if info.header_offset < free or start + info.file_size > size:
+            raise ValueError("records that overlap or end behind the file")
+        free = start + info.file_size
         if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1:
             found = start, info.file_size
     if found is None:
@@ -101,14 +102,16 @@ def _directory_size(file: BinaryIO, size: int) -> int:
     return int(short)
 
 
-def _start(file: BinaryIO, header: int) -> int:
-    """Give where a record's content begins."""
-    file.seek(header)
+def _start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Give where a record's content begins: behind a header of its own, of the same name."""
+    file.seek(info.header_offset)
     local = file.read(30)
     if len(local) < 30 or not local.startswith(b"PK\3\4"):
         raise ValueError("a record without a header")
     name, extra = struct.unpack_from("<HH", local, 26)
-    return header + 30 + int(name) + int(extra)
+    if file.read(name) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+        raise ValueError("a record of two names")
+    return info.header_offset + 30 + int(name) + int(extra)
 
 
 def _check_pickle(content: bytes) -> None:

@@ -87,7 +87,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """Give `value` for an error: one line, never the megabytes of a hostile file."""
     try:
         text = repr(value)
@@ -97,7 +97,7 @@ def _show(value: object) -> str:
 
 
 def _said(name: str, value: object, wanted: str) -> str:
-    return f"config: {name} is {_show(value)}: it must be {wanted}"
+    return f"config: {name} is {show(value)}: it must be {wanted}"
 
 
 def default_layer_types(num_hidden_layers: int) -> list[str]:
@@ -228,7 +228,7 @@ class Gemma2Config:
                     number = -1
                 if isinstance(key, (bool, float)) or not isinstance(name, str) or number < 0:
                     raise TypeError(
-                        f"config: id2label has {_show(key)}: {_show(name)}: it must map a "
+                        f"config: id2label has {show(key)}: {show(name)}: it must map a "
                         "label's number to its name"
                     )
                 labels[number] = name
@@ -384,7 +384,7 @@ class Gemma2Config:
             )
         if list(self.id2label) != list(range(self.num_labels)):
             raise ValueError(
-                f"config: id2label has the numbers {_show(list(self.id2label))}: they must be "
+                f"config: id2label has the numbers {show(list(self.id2label))}: they must be "
                 f"0 to {self.num_labels - 1}"
             )
         if not isinstance(self.label2id, Mapping):
@@ -393,7 +393,7 @@ class Gemma2Config:
             numbered = _is_int(number) and 0 <= number < self.num_labels
             if not isinstance(label, str) or not numbered:
                 raise ValueError(
-                    f"config: label2id has {_show(label)}: {_show(number)}: it must map a label's "
+                    f"config: label2id has {show(label)}: {show(number)}: it must map a label's "
                     f"name to a number from 0 to {self.num_labels - 1}"
                 )
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
@@ -428,7 +428,7 @@ class Gemma2Config:
             TypeError, ValueError: the text names the field, its value and what is wanted.
         """
         if not isinstance(values, Mapping):
-            raise TypeError(f"config: got {_show(values)}: it must be a mapping of names to values")
+            raise TypeError(f"config: got {show(values)}: it must be a mapping of names to values")
         unknown = set(overrides) - _FIELDS - {"rope_parameters", "rope_scaling", "extra"}
         if unknown:
             raise TypeError(
@@ -453,7 +453,7 @@ class Gemma2Config:
         counted, names = merged.get("num_labels"), merged.get("id2label")
         if counted is not None and isinstance(names, Mapping) and len(names) != counted:
             raise ValueError(
-                f"config: num_labels is {_show(counted)} and id2label names {len(names)} labels: "
+                f"config: num_labels is {show(counted)} and id2label names {len(names)} labels: "
                 "they must agree"
             )
         config = cls(**merged, extra=extra)
@@ -594,7 +594,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):
             [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
-            raise ValueError(f"{_show(name)} is given {count} times")
+            raise ValueError(f"{show(name)} is given {count} times")
         return values
 
     try:
@@ -607,7 +607,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not readable as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"holds {_show(values)}: it must hold a JSON object")
+        raise ValueError(f"holds {show(values)}: it must hold a JSON object")
     level: list[Any] = [values]
     total = 0
     for _ in range(_MAX_JSON_DEPTH):
@@ -628,7 +628,7 @@ def parse_json(content: bytes) -> dict[str, Any]:
 def _check_honoured(values: Mapping[str, Any]) -> None:
     for name, (allowed, why) in _MUST_BE.items():
         if name in values and not any(values[name] == value for value in allowed):
-            raise ValueError(f"config: {name} is {_show(values[name])}: {why}")
+            raise ValueError(f"config: {name} is {show(values[name])}: {why}")
 
 
 def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -636,13 +636,13 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     given = copy.deepcopy(dict(values))
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(f"config: {_show(name)} is given as a name: it must be a string")
+            raise TypeError(f"config: {show(name)} is given as a name: it must be a string")
     extra_given = given.pop("extra", {})
     if not isinstance(extra_given, Mapping):
-        raise TypeError(f"config: extra is {_show(extra_given)}: it must be a dict of unknown keys")
+        raise TypeError(f"config: extra is {show(extra_given)}: it must be a dict of unknown keys")
     model_type = given.pop("model_type", Gemma2Config.model_type)
     if model_type != Gemma2Config.model_type:
-        raise ValueError(f'config: model_type is {_show(model_type)}: it must be "gemma2"')
+        raise ValueError(f'config: model_type is {show(model_type)}: it must be "gemma2"')
     _check_honoured(given)
     theta = _rope_theta(given)
     dtype = given.pop("dtype", None)
@@ -690,23 +690,23 @@ def _rope_theta(given: dict[str, Any]) -> Any:
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            raise TypeError(f"config: {source} is {_show(value)}: it must be an object or null")
+            raise TypeError(f"config: {source} is {show(value)}: it must be an object or null")
         # transformers 5 also writes one entry for each kind of layer
         by_kind = {kind: value[kind] for kind in (SLIDING, FULL) if kind in value}
         for kind, entry in (by_kind or {"": value}).items():
             label = f"{source}.{kind}" if kind else source
             if not isinstance(entry, Mapping):
-                raise TypeError(f"config: {label} is {_show(entry)}: it must be an object")
+                raise TypeError(f"config: {label} is {show(entry)}: it must be an object")
             rope_type = entry.get("rope_type", entry.get("type", "default"))
             if rope_type != "default":
                 raise ValueError(
-                    f'config: {label} has rope_type {_show(rope_type)}: only "default" is '
+                    f'config: {label} has rope_type {show(rope_type)}: only "default" is '
                     "supported, as published Gemma 2 models have no RoPE scaling"
                 )
             unknown = set(entry) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
             if unknown:
                 raise ValueError(
-                    f"config: {label} has {_show(sorted(map(str, unknown)))}: only rope_type and "
+                    f"config: {label} has {show(sorted(map(str, unknown)))}: only rope_type and "
                     "rope_theta are supported"
                 )
             _check_honoured({"partial_rotary_factor": entry.get("partial_rotary_factor")})
@@ -716,6 +716,6 @@ def _rope_theta(given: dict[str, Any]) -> Any:
         given.pop(source, None)
     values = list(found.values())
     if any(value != values[0] for value in values[1:]):
-        said = ", ".join(f"{name} {_show(value)}" for name, value in found.items())
+        said = ", ".join(f"{name} {show(value)}" for name, value in found.items())
         raise ValueError(f"config: RoPE is given as {said}: they must agree")
     return values[0] if values else None

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gemma2.config import read_json
+from gemma2.config import read_json, show
 
 __all__ = ["DecodeStream", "Tokenizer"]
 
@@ -237,7 +237,11 @@ class Tokenizer:
         else:
             raise FileNotFoundError(f"{path}: holds neither {TOKENIZER_JSON} nor {TOKENIZER_MODEL}")
         config = path / TOKENIZER_CONFIG
-        return cls(backend, read_json(config) if config.is_file() else None)
+        special = read_json(config) if config.is_file() else None
+        try:
+            return cls(backend, special)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer and ``tokenizer_config.json`` into `folder`, made if absent."""
@@ -259,12 +263,12 @@ class Tokenizer:
         if named is not None:
             if not isinstance(named, str):
                 raise ValueError(
-                    f"{TOKENIZER_CONFIG}: {kind}_token is {named!r}: it must be the token's text"
+                    f"{TOKENIZER_CONFIG}: {kind}_token is {show(named)}: it must be the token's text"
                 )
             number = self._backend.number(named)
             if number is None:
                 raise ValueError(
-                    f"{TOKENIZER_CONFIG}: {kind}_token is {named!r}, which {self._backend.file} "
+                    f"{TOKENIZER_CONFIG}: {kind}_token is {show(named)}, which {self._backend.file} "
                     "does not know"
                 )
             return number
