@@ -297,6 +297,9 @@ def _wild_pickles() -> dict[str, bytes]:
     return {
         "nested lists": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         "nested tuples": b"\x80\x02)" + b"\x85" * 100_000 + b".",
+        "nested tuples as a key": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\1s.",
+        "marks": b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b".",
+        "many numbers, one by one": b"\x80\x02]" + b"K\1a" * 600_000 + b".",
         "an endless string": b"\x80\x02X\xff\xff\xff\xff" + b"a" * 100 + b".",
         "a string of 2 GB": b"\x80\x02X\xff\xff\xff\x7f" + b"a" * 100 + b".",
         "a long of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
@@ -451,7 +454,7 @@ def one(draw: st.DrawFn, folder: Folder, focus: list[str], said: Said) -> None:
     said.append(name)
     try:
         folder[name] = _by_format(draw, name, content, said)
-    except (ValueError, KeyError, IndexError, TypeError, struct.error, zipfile.BadZipFile):
+    except (ValueError, LookupError, TypeError, RecursionError, struct.error, zipfile.BadZipFile):
         # a second damage may find nothing of the format left
         folder[name] = draw(st.sampled_from(BYTES))(draw, content, said)
 

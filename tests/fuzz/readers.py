@@ -82,6 +82,8 @@ def _generation_config(folder: Path) -> None:
     said = json.loads(path.read_bytes()) if path.exists() else {}
     for name, told in said.items():
         value = config.extra[name] if name in config.extra else getattr(config, name)
+        if isinstance(value, float):
+            told = float(told)
         if told is not None and value != told:
             raise WrongError(f"{name} is {value!r}, the file says {told!r}")
     written = json.dumps(config.to_dict(), allow_nan=False)

@@ -68,26 +68,28 @@ def names() -> st.SearchStrategy[str]:
     return st.sampled_from(_NAMES) | st.text(max_size=12) | st.just("n" * 10_000)
 
 
+_LARGE = [
+    *(_nested(depth, "[") for depth in (60, 400, 990, 3000, 100_000)),
+    *(_nested(depth, '{"a":') for depth in (60, 400, 990, 3000, 100_000)),
+    Raw('"' + "x" * 10_000_000 + '"'),
+    Raw("[" + "[]," * 600_000 + "0]"),
+    Raw("{" + ",".join(f'"{i}":{i}' for i in range(20_000)) + "}"),
+    Raw("[" + "0," * 5000 + "0]"),
+]
+_SMALL = st.one_of(
+    st.sampled_from(_PLAIN),
+    names(),
+    st.integers(-4, 300),
+    st.integers(),
+    st.floats(),
+    st.lists(st.integers(-1, 20), max_size=5),
+)
+_HOSTILE = st.integers(0, 19).flatmap(lambda roll: st.sampled_from(_LARGE) if roll == 0 else _SMALL)
+
+
 def hostile() -> st.SearchStrategy[Any]:
     """A JSON value that a reader does not wait for, most of them small."""
-    small = st.one_of(
-        st.sampled_from(_PLAIN),
-        names(),
-        st.integers(-4, 300),
-        st.integers(),
-        st.floats(),
-        st.lists(st.integers(-1, 20), max_size=5),
-    )
-    large = st.one_of(
-        st.builds(
-            _nested, st.sampled_from([60, 400, 990, 3000, 100_000]), st.sampled_from(["[", '{"a":'])
-        ),
-        st.just(Raw('"' + "x" * 10_000_000 + '"')),
-        st.just(Raw("[" + "[]," * 300_000 + "0]")),
-        st.just(Raw("{" + ",".join(f'"{i}":{i}' for i in range(20_000)) + "}")),
-        st.just([0] * 5000),
-    )
-    return st.integers(0, 9).flatmap(lambda roll: large if roll == 0 else small)
+    return _HOSTILE
 
 
 def show(value: object) -> str:
