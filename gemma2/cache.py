@@ -410,17 +410,28 @@ class HybridCache:
                 f"reorder: beam_idx is {beam_idx.tolist()}: rows are numbered 0 to {rows - 1}"
             )
 
-        def permute(tensor: Tensor | None) -> None:
-            if tensor is not None:
-                index = beam_idx.to(tensor.device)
-                tensor[: index.shape[0]] = tensor.index_select(0, index)
-
         text, self.text = self.text, None
         snapshots = [*self._kept, *self._snapshots]
+        # slots beyond hold nothing that any row, now or after restore(), has a token in
+        used = max([self._longest_row(), *(taken.longest for taken in snapshots)])
+        # rows that stay where they are need not be copied, where that can be known
+        moves = list(enumerate(beam_idx.tolist())) if readable(beam_idx) else None
+        moves = None if moves is None else [move for move in moves if move[0] != move[1]]
+
+        def permute(tensor: Tensor | None) -> None:
+            if tensor is None:
+                return
+            if moves is None or tensor.device.type != "cpu":
+                index = beam_idx.to(tensor.device)
+                tensor[: index.shape[0]] = tensor.index_select(0, index)
+                return
+            for (row, _), content in zip(moves, [tensor[i].clone() for _, i in moves], strict=True):
+                tensor[row] = content
+
         try:
             for layer in self.layers:
-                permute(layer.k)
-                permute(layer.v)
+                permute(None if layer.k is None else layer.k[:, :, :used])
+                permute(None if layer.v is None else layer.v[:, :, :used])
             for tensor in (self._written, *(self._history or ())):
                 permute(tensor)
             for snapshot in snapshots:
@@ -428,6 +439,7 @@ class HybridCache:
                 permute(snapshot._lowest_write)
             permute(self.lengths)
         except BaseException:
+            self.text = text
             self.forget(beam_idx.shape[0])  # some layers hold other rows than others
             raise
         if readable(beam_idx):
