@@ -10,7 +10,6 @@ import functools
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +272,28 @@ def test_a_right_padded_batch_goes_on(name: str) -> None:
         assert F.relative_error(theirs.logits, alone) > 1e-3
     else:
         assert F.relative_error(ours.logits, theirs.logits) < 1e-5
+
+
+@pytest.mark.parametrize("first", [0, 5])
+@torch.no_grad()
+def test_padding_between_tokens_is_no_part_of_our_cache(first: int) -> None:
+    gemma, cache = model("gemma2"), HybridCache(model("gemma2").config)
+    ids, mask = F.tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, 2:4], mask[0, 9], mask[0, 17], mask[1, 7] = 0, 0, 0, 0
+    position_ids = mask.cumsum(1) - 1
+    logits = []
+    for part in (slice(0, first), slice(first, 20)):
+        if part.stop:
+            out = gemma(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=position_ids[:, part],
+                past_key_values=cache,
+            )
+            logits.append(out.logits)
+    for row, seen in enumerate(mask.bool()):
+        alone = truth("27b", ids[row][seen][None])
+        assert F.relative_error(torch.cat(logits, dim=1)[row][seen], alone[0]) < 1e-5
 
 
 @torch.no_grad()
@@ -605,29 +626,37 @@ def test_a_call_that_failed_leaves_our_cache_as_it_was() -> None:
     assert F.relative_error(out.logits, truth("27b", ids)[:, 11:]) < 1e-5
 
 
-@torch.no_grad()
-def test_masks_of_the_callers_own_go_to_the_reference(matrices: list[Tensor]) -> None:
-    from transformers.masking_utils import create_causal_mask
+def closure(first: int) -> Callable[..., Tensor]:
+    return lambda b, h, q, k: (k != first) | (q == first)
 
-    ids, gemma = F.tokens(1, 9), model("gemma2")
-    names = {"inputs_embeds": gemma.get_input_embeddings()(ids), "cache": None}
+
+OWN: dict[str, dict[str, Callable[..., Any]]] = {
+    "more": {"or_mask_function": lambda b, h, q, k: (q < 4) & (k < 4)},
+    "less": {"and_mask_function": lambda b, h, q, k: (k != 2) | (q == 2)},
+    "less, by a closure": {"and_mask_function": closure(2)},
+}
+
+
+@pytest.mark.parametrize("how", sorted(OWN))
+@torch.no_grad()
+def test_mask_functions_of_the_callers_own_go_to_the_reference(how: str) -> None:
+    from transformers import masking_utils
+
+    gemma = model("gemma2")
+    embedded = gemma.get_input_embeddings()(F.tokens(1, 9))
+    names: dict[str, Any] = {"inputs_embeds": embedded, "cache": None}
     if transformers.__version__ < "5":
-        names = {"input_embeds": names["inputs_embeds"], "past_key_values": None}
+        names = {"input_embeds": embedded, "past_key_values": None}
         names["cache_position"] = torch.arange(9)
-    mask = create_causal_mask(
-        config=gemma.config,
-        attention_mask=None,
-        or_mask_function=lambda b, h, q, k: (q < 4) & (k < 4),  # the first four see each other
-        **names,
-    )
-    assert isinstance(mask, Tensor)
-    want = torch.ones(9, 9, dtype=torch.bool).tril()
-    want[:4, :4] = True
-    assert torch.equal(mask[0, 0], want)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gemma(ids, attention_mask={"full_attention": mask, "sliding_attention": mask})
-    assert matrices
+    index = torch.arange(9)
+    q, k = index[:, None], index[None]
+    own = next(iter(OWN[how].values()))(0, 0, q, k)
+    for kind, window in (("causal_mask", 9), ("sliding_window_causal_mask", WINDOW)):
+        make = getattr(masking_utils, f"create_{kind}")
+        mask = make(config=gemma.config, attention_mask=None, **OWN[how], **names)
+        assert isinstance(mask, Tensor)
+        usual = (k <= q) & (k > q - window)
+        assert torch.equal(mask[0, 0], usual | own if how == "more" else usual & own)
 
 
 # ---- installations ------------------------------------------------------------------------------
