@@ -414,19 +414,20 @@ class HybridCache:
         snapshots = [*self._kept, *self._snapshots]
         # slots beyond hold nothing that any row, now or after restore(), has a token in
         used = max([self._longest_row(), *(taken.longest for taken in snapshots)])
-        # rows that stay where they are need not be copied, where that can be known
-        moves = list(enumerate(beam_idx.tolist())) if readable(beam_idx) else None
-        moves = None if moves is None else [move for move in moves if move[0] != move[1]]
+        moved = list(range(beam_idx.shape[0]))
+        if readable(beam_idx):
+            moved = [row for row, source in enumerate(beam_idx.tolist()) if row != source]
 
         def permute(tensor: Tensor | None) -> None:
             if tensor is None:
                 return
-            if moves is None or tensor.device.type != "cpu":
-                index = beam_idx.to(tensor.device)
-                tensor[: index.shape[0]] = tensor.index_select(0, index)
+            sources = beam_idx if len(moved) == beam_idx.shape[0] else beam_idx[moved]
+            content = tensor.index_select(0, sources.to(tensor.device))
+            if len(moved) == beam_idx.shape[0]:
+                tensor[: len(moved)] = content
                 return
-            for (row, _), content in zip(moves, [tensor[i].clone() for _, i in moves], strict=True):
-                tensor[row] = content
+            for row, its in zip(moved, content, strict=True):
+                tensor[row] = its
 
         try:
             for layer in self.layers:
