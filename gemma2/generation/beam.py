@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma2.generation.loop import FAULTS, inference, read_prompt
+from gemma2.generation.loop import FAULTS, inference, or_empty, read_prompt
 from gemma2.generation.run import Beams, Run
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def beam_search(model: GenerationMixin, run: Run) -> Found:
     with inference(run):
         logits = read_prompt(run)
     run.cache.settle(max(run.others, *run.lengths))
+    beyond = (run.cache.text or [])[len(run.lengths) :]
     try:
         while True:
             with inference(run):
@@ -69,10 +70,9 @@ def beam_search(model: GenerationMixin, run: Run) -> Found:
                 ).logits[:, -1]
         found = search.found()
     except BaseException:
-        search.leave(None)  # the prompts are still there
+        search.leave(None, beyond)  # the prompts are still there
         raise
-    if run.is_kept:
-        search.leave(found)
+    search.leave(found, beyond)
     return found
 
 
@@ -234,40 +234,44 @@ class _Search:
             self._ended_scores[:, returned].flatten().clone(),
         )
 
-    def leave(self, found: Found | None) -> None:
+    def leave(self, found: Found | None, beyond: list[list[int]]) -> None:
         """Leave row i of the cache with the beginning of text i, as far as a row still has it.
 
         Where the rings do not reach back so far, the row is emptied; so are all others of the batch.
 
         Args:
             found: the texts; None: only the prompts, one row each.
+            beyond: texts of the cache's rows that are not in the batch.
         """
-        cache, rows = self._run.cache, len(self.source)
-        device = cache.lengths.device
-        with inference(self._run):
-            if found is None:
-                best = torch.arange(self._batch, device=device) * self._beams.count
-                common = torch.zeros_like(best)
-            else:
-                held = min(self._count - 1, found.tokens.shape[1])
-                own = found.tokens[:, :held].unflatten(0, (self._batch, -1))[:, :, None]
-                same = own == self._held[:, None, :, :held]  # [B, R, K, held]
-                common, best = same.to(torch.int64).cumprod(dim=-1).sum(dim=-1).max(dim=-1)
-                best = best + torch.arange(self._batch, device=device)[:, None] * self._beams.count
-                common, best = common.flatten(), best.flatten()
-                lengths = (found.sources >= 0).sum(dim=1)
-                common = torch.minimum(common, (lengths - 1).clamp(min=0))
-            cache.reorder(best)
-            prompts = torch.tensor(self._run.lengths, device=device)[best]
-            wanted = torch.zeros(rows, dtype=torch.int64, device=device)
-            wanted[: len(best)] = prompts + common
+        run, cache = self._run, self._run.cache
+        if not run.is_kept:
+            return
+        with or_empty(cache), inference(run):
+            source, common = self._rows_of(found)
+            cache.reorder(source)
+            wanted = torch.zeros(len(self.source), dtype=torch.int64, device=source.device)
+            prompts = torch.tensor(run.lengths, device=source.device)
+            wanted[: len(source)] = prompts[source] + common
             wanted = cache.reachable(wanted)
             cache.crop(wanted)
-        if self._run.prompts is not None and not cache.has_history:
-            kept = wanted.tolist()
-            new = [] if found is None else found.tokens.tolist()
-            texts = [
-                [*self._run.prompts[row], *(new[i] if new else [])][: kept[i]]
-                for i, row in enumerate(best.tolist())
-            ]
-            cache.text = texts + [[] for _ in range(rows - len(texts))]
+            if run.prompts is None or cache.has_history:
+                return
+            new = [[] for _ in source] if found is None else found.tokens.tolist()
+            texts = [[*run.prompts[row], *new[i]] for i, row in enumerate(source.tolist())]
+            texts += [[] for _ in range(len(self.source) - len(texts))]
+            lengths = wanted.tolist()
+            cache.text = [text[:n] for text, n in zip(texts, lengths, strict=True)] + beyond
+
+    def _rows_of(self, found: Found | None) -> tuple[Tensor, Tensor]:
+        """Give for each text the row of the cache that begins like it, and new tokens in common."""
+        first = torch.arange(self._batch, device=self.source.device) * self._beams.count
+        if found is None:
+            return first, torch.zeros_like(first)
+        held = min(self._count - 1, found.tokens.shape[1])
+        own = found.tokens[:, None, :held].unflatten(0, (self._batch, -1))  # [B, R, 1, held]
+        same = own == self._held[:, None, :, :held]  # [B, R, K, held]
+        common, best = same.to(torch.int64).cumprod(dim=-1).sum(dim=-1).max(dim=-1)
+        lengths = (found.sources >= 0).sum(dim=1)
+        # a text's last token is never in the cache
+        common = torch.minimum(common.flatten(), (lengths - 1).clamp(min=0))
+        return (best + first[:, None]).flatten(), common

@@ -24,7 +24,7 @@ from gemma2.generation.step import NO_TOKEN, Step
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
 
-__all__ = ["FAULTS", "inference", "new_tokens", "read_prompt", "steps_ahead"]
+__all__ = ["FAULTS", "inference", "new_tokens", "or_empty", "read_prompt", "steps_ahead"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _leave(run: Run, mailbox: _Mailbox, transcript: _Transcript) -> None:
     cache = run.cache
     if not run.is_kept:
         return
-    with _or_empty(cache):
+    with or_empty(cache):
         if transcript.is_whole:
             lengths = transcript.cached()
         else:
@@ -112,7 +112,7 @@ def _leave(run: Run, mailbox: _Mailbox, transcript: _Transcript) -> None:
 
 
 @contextlib.contextmanager
-def _or_empty(cache: HybridCache) -> Iterator[None]:
+def or_empty(cache: HybridCache) -> Iterator[None]:
     """Empty the cache if what is done inside fails: it would hold a text that is not known."""
     try:
         yield
@@ -277,7 +277,7 @@ def _read(reading: Reading) -> Tensor:
             logits = logits[source.to(logits.device)]
     except BaseException:
         if texts is not None and cache.text is None:
-            with _or_empty(cache):
+            with or_empty(cache):
                 lengths = cache.lengths.tolist()
                 cache.text = [text[:n] for text, n in zip(texts, lengths, strict=False)]
         raise

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gemma2 import HybridCache
 from tests.model.factories import lively, padded, tokens, twin
+from tests.model.recorded_graph import as_on_a_device
 
 NEVER = {"eos_token_id": []}
 PAD = 5  # transformers pads with eos where pad is 0
@@ -164,6 +165,37 @@ def test_transition_scores_are_those_of_transformers_and_sum_to_the_sequences_sc
     lengths = (out.beam_indices >= 0).sum(dim=1)
     assert len(set(lengths.tolist())) > 1
     torch.testing.assert_close(ours.sum(dim=1) / lengths, out.sequences_scores)
+
+
+@pytest.mark.parametrize("length", [9, 120])
+def test_a_device_that_the_host_does_not_look_into_gives_the_same(model, length):
+    ids, mask = padded([tokens(1, 4)[0], tokens(1, length)[0]], "left")
+    options = {
+        "attention_mask": mask,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "pad_token_id": PAD,
+    }
+    eos = frequent("three", ids, mask, num_beams=3, max_new_tokens=20)[:2]
+    options |= {"max_new_tokens": 20, "eos_token_id": eos, "no_repeat_ngram_size": 2}
+    caches = [HybridCache(model.config, 6, 200) for _ in range(2)]
+    wanted = model.generate(ids, past_key_values=caches[0], **options)
+    with as_on_a_device() as graphs:
+        out = model.generate(ids, past_key_values=caches[1], **options)
+    assert torch.equal(out, wanted)
+    assert caches[0].text == caches[1].text
+    assert torch.equal(caches[0].lengths, caches[1].lengths)
+    assert not graphs
+
+
+def test_rows_of_the_cache_that_are_not_in_the_batch_stay(model):
+    cache = HybridCache(model.config, 4, 100)
+    ids = tokens(4, 9)
+    model.generate(ids, max_new_tokens=3, past_key_values=cache, **NEVER)
+    text = cache.text[3]
+    model.generate(ids[:1], num_beams=3, max_new_tokens=5, past_key_values=cache, **NEVER)
+    assert cache.text[3] == text
+    assert int(cache.lengths[3]) == len(text)
 
 
 def test_embeddings_in_the_place_of_ids(model):
