@@ -112,7 +112,8 @@ def prepare(
         )
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
     prompts = None
-    if content.dim() == 2 and past_key_values is not None:
+    is_kept = past_key_values is not None or options.return_dict_in_generate
+    if content.dim() == 2 and is_kept:
         real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
         prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
     cached, found = kept_tokens(model, past_key_values, rows, lengths, device, prompts)
@@ -120,6 +121,7 @@ def prepare(
     cache, others = past_key_values, 0
     if cache is None:
         cache = new_cache(model, rows, need + ahead, device, ahead)
+        cache.growable = is_kept
     else:
         others = max(cache.lengths[rows:].tolist(), default=0)
         make_room(cache, max(counts), new_tokens, ahead)
@@ -187,7 +189,7 @@ def prepare(
         lengths=[count for count in counts for _ in range(repeats)],
         prompts=None if prompts is None else [row for row in prompts for _ in range(repeats)],
         as_dict=options.return_dict_in_generate,
-        is_kept=past_key_values is not None or options.return_dict_in_generate,
+        is_kept=is_kept,
         others=others,
         longest=longest,
         sampler=sampler,
