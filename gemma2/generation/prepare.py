@@ -25,6 +25,7 @@ from gemma2.generation.config import (
 )
 from gemma2.generation.prefix import kept_tokens, make_room, new_cache, will_forget
 from gemma2.generation.processors import Processors
+from gemma2.generation.prompts import Prompts
 from gemma2.generation.record import Record
 from gemma2.generation.run import Beams, Draft, Reading, Run
 from gemma2.generation.sampling import Sampler
@@ -85,25 +86,11 @@ def prepare(
     _check_tokenizer(options, tokenizer)
     device = _check_device(model, input_ids, inputs_embeds, attention_mask)
     _check_special(model, options)
-    content = _content(model, input_ids, inputs_embeds, options, device)
-    mask = _padding_mask(content, attention_mask, options)
-    batch, columns = content.shape[:2]
-    repeats = options.num_beams if options.num_beams > 1 else options.num_return_sequences
-    rows = batch * repeats
-    if content.dim() == 2:
-        _check_vocabulary(content, mask, model.config.vocab_size)
-        prompt = content.repeat_interleave(repeats, dim=0)
-    else:
-        prompt = content.new_empty((rows, 0), dtype=torch.int64)
+    prompts = Prompts.of(model, input_ids, inputs_embeds, attention_mask, options, device)
+    prompt, rows, longest_prompt = prompts.shown(), prompts.rows, max(prompts.counts)
     new_tokens = _new_tokens(options, prompt.shape[1])
-    lengths = torch.full((batch,), columns, device=device) if mask is None else mask.sum(1)
-    counts = lengths.tolist()
-    if 0 in counts:
-        raise ValueError(
-            f"generate: row {counts.index(0)} has no token, only padding: there is nothing to go "
-            "on from"
-        )
-    drafted = _check_drafting(model, assistant_model, options, content, device)
+    beams = _beams(options, new_tokens)
+    drafted = _check_drafting(model, assistant_model, options, prompts, device)
     if drafted and rows > 1 and (functions or criteria):
         name = "logits_processor" if functions else "stopping_criteria"
         raise ValueError(
@@ -111,51 +98,46 @@ def prepare(
             "them, so there are no columns to show; generate row by row, or without drafts"
         )
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
-    prompts = None
     is_kept = past_key_values is not None or options.return_dict_in_generate
-    if content.dim() == 2 and is_kept:
-        real = torch.ones_like(content, dtype=torch.bool) if mask is None else mask
-        prompts = [row[seen].tolist() for row, seen in zip(content.cpu(), real.cpu(), strict=True)]
-    cached, found = kept_tokens(model, past_key_values, rows, lengths, device, prompts)
-    need = max(counts) + new_tokens - 1  # the last token is not read
+    known = prompts.tokens() if is_kept and prompts.are_tokens else None
+    cached, found = kept_tokens(model, past_key_values, rows, prompts.lengths, device, known)
+    need = longest_prompt + new_tokens - 1  # the last token is not read
     cache, others = past_key_values, 0
     if cache is None:
         cache = new_cache(model, rows, need + ahead, device, ahead)
         cache.growable = is_kept
     else:
         others = max(cache.lengths[rows:].tolist(), default=0)
-        make_room(cache, max(counts), new_tokens, ahead)
-    longest = max(max(counts), others) + new_tokens - 1
+        make_room(cache, longest_prompt, new_tokens, ahead)
+    longest = max(longest_prompt, others) + new_tokens - 1
     models = [model] if assistant_model is None else [model, assistant_model]
     room = longest + ahead <= cache.max_cache_len
     captured = graph.wanted(cuda_graph, models, device, new_tokens - 1, room)
-    if captured and (obstacle := _python(options, functions)):
+    if captured and (obstacle := _only_python(options, functions)):
         if cuda_graph:
             raise ValueError(f"generate: cuda_graph is True, but {obstacle}; leave it out")
         captured = False
 
-    vocab = model.config.vocab_size
-    processors = Processors.of(options, prompt.shape[1], functions, vocab, device)
-    text = all_columns = None
-    if processors.reads_text or drafted:
-        text = _text(content, mask, need + 1 + ahead).repeat_interleave(repeats, dim=0)
     ends = options.eos_token_ids
     pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
-    if functions or criteria:
-        all_columns = F.pad(prompt, (0, new_tokens + ahead), value=pad)
-    known = lengths if content.dim() == 2 else torch.zeros_like(lengths)
-    kept = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
+    vocab = model.config.vocab_size
     record = None
+    kept = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
     if kept and options.return_dict_in_generate:
         record = Record(kept, rows, drafted + 1, vocab, device)
-    plain = processors.only_penalty and record is None and options.num_beams == 1
+    processors = Processors.of(options, prompt.shape[1], functions, vocab, device)
+    is_plain = processors.only_penalty and record is None and beams is None
+    columns = None
+    if functions or criteria:
+        columns = F.pad(prompt, (0, new_tokens + ahead), value=pad)
+    starts = prompts.lengths if prompts.are_tokens else torch.zeros_like(prompts.lengths)
     sampler = Sampler(
         options,
         seed,
-        text,
-        known.repeat_interleave(repeats),
-        None if plain else processors,
-        all_columns,
+        prompts.text(need + 1 + ahead) if processors.reads_text or drafted else None,
+        prompts.repeated(starts),
+        None if is_plain else processors,
+        columns,
         prompt.shape[1],
     )
     chunk = options.prefill_chunk_size or PREFILL_CHUNK
@@ -164,32 +146,29 @@ def prepare(
         reading = None
         if assistant_model is not None:
             own = new_cache(assistant_model, rows, need + ahead, device, ahead)
-            whole = _pack(content, mask, lengths, torch.zeros_like(lengths))
-            reading = Reading(assistant_model, own, *whole, repeats, chunk)
+            whole = prompts.pack(torch.zeros_like(prompts.lengths))
+            reading = Reading(assistant_model, own, *whole, prompts.repeats, chunk)
         draft = Draft(drafted, reading, options.max_matching_ngram_size)
-    packed = _pack(content, mask, lengths, cached)
+    packed = prompts.pack(cached)
     stops = None
     if options.stop_strings or criteria:
+        last = prompts.repeated(packed[0][:, -1]).tolist() if prompts.are_tokens else [None] * rows
         strings = None
         if options.stop_strings:
-            last: list[Any] = [None] * batch
-            if content.dim() == 2:
-                last = packed[0][:, -1].tolist()
-            last = [token for token in last for _ in range(repeats)]
             strings = StopStrings(options.stop_strings, tokenizer, last)
         stops = Stops(strings, criteria, rows, sampler.columns)
-    most = [count + new_tokens - 1 + ahead for count in counts]
-    forgets = prompts is not None and will_forget(cache, most, counts)
+    most = [count + new_tokens - 1 + ahead for count in prompts.counts]
+    forgets = known is not None and will_forget(cache, most, prompts.counts)
     if found is not None:
         found.apply(cache, most)
     return Run(
         prompt=prompt,
-        reading=Reading(model, cache, *packed, repeats, chunk, prompts, forgets),
+        reading=Reading(model, cache, *packed, prompts.repeats, chunk, known, forgets),
         new_tokens=new_tokens,
-        lengths=[count for count in counts for _ in range(repeats)],
-        prompts=None if prompts is None else [row for row in prompts for _ in range(repeats)],
-        as_dict=options.return_dict_in_generate,
+        lengths=[count for count in prompts.counts for _ in range(prompts.repeats)],
+        prompts=None if known is None else [row for row in known for _ in range(prompts.repeats)],
         is_kept=is_kept,
+        as_dict=options.return_dict_in_generate,
         others=others,
         longest=longest,
         sampler=sampler,
@@ -197,7 +176,7 @@ def prepare(
         pad=pad,
         graph=captured,
         draft=draft,
-        beams=_beams(options, new_tokens),
+        beams=beams,
         stops=stops,
         waits=bool(functions) or stops is not None,
         record=record,
@@ -291,7 +270,7 @@ def _beams(options: GenerationConfig, new_tokens: int) -> Beams | None:
     )
 
 
-def _python(options: GenerationConfig, functions: list[Callable[..., Any]]) -> str:
+def _only_python(options: GenerationConfig, functions: list[Callable[..., Any]]) -> str:
     """Tell what of a step only Python can do; "" if nothing."""
     if options.num_beams > 1:
         return f"num_beams is {options.num_beams}, and beams are chosen by the host"
@@ -330,36 +309,6 @@ def _check_special(model: GenerationMixin, options: GenerationConfig) -> None:
             )
 
 
-def _content(
-    model: GenerationMixin,
-    input_ids: Tensor | None,
-    embeds: Tensor | None,
-    options: GenerationConfig,
-    device: torch.device,
-) -> Tensor:
-    """Give what is to be continued: int64 [B, S], or [B, S, hidden_size]."""
-    if input_ids is not None and embeds is not None:
-        raise ValueError("generate: input_ids and inputs_embeds are both given: pass one")
-    if input_ids is not None:
-        return _check_ids(input_ids)
-    if embeds is None:
-        if options.bos_token_id is None:
-            raise ValueError(
-                "generate: neither input_ids nor inputs_embeds is given, and there is no "
-                "bos_token_id to begin with"
-            )
-        return torch.tensor([[options.bos_token_id]], device=device)
-    hidden = model.config.hidden_size
-    if embeds.dim() != 3 or embeds.shape[2] != hidden or 0 in embeds.shape:
-        raise ValueError(
-            f"generate: inputs_embeds has shape {list(embeds.shape)}: it must be [rows, "
-            f"tokens, {hidden}], with at least one row and one token"
-        )
-    if not embeds.is_floating_point():
-        raise TypeError(f"generate: inputs_embeds is {embeds.dtype}: it must be floating")
-    return embeds
-
-
 def refuse_unknown(options: dict[str, Any], known: Collection[str]) -> None:
     """Raise for what `generate` was given and does not know, or cannot do yet."""
     for name in options:
@@ -374,7 +323,7 @@ def _check_drafting(
     model: GenerationMixin,
     assistant: GenerationMixin | None,
     options: GenerationConfig,
-    content: Tensor,
+    prompts: Prompts,
     device: torch.device,
 ) -> int:
     """Give how many tokens are drafted a step; 0: the model writes without assistance."""
@@ -390,7 +339,7 @@ def _check_drafting(
             "generate: assistant_model and prompt_lookup_num_tokens are both given: tokens are "
             "drafted by one of them"
         )
-    if content.dim() != 2:
+    if not prompts.are_tokens:
         raise ValueError(
             "generate: inputs_embeds is given: tokens are drafted from input_ids; leave out "
             "assistant_model and prompt_lookup_num_tokens"
@@ -416,68 +365,6 @@ def _check_drafting(
     return options.num_assistant_tokens
 
 
-def _check_ids(ids: Tensor) -> Tensor:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"generate: input_ids is {ids.dtype}: it must be int64")
-    if ids.dim() != 2:
-        hint = "; input_ids[None] makes one row of it" if ids.dim() == 1 else ""
-        raise ValueError(
-            f"generate: input_ids has shape {list(ids.shape)}: it must be [rows, tokens]{hint}"
-        )
-    if 0 in ids.shape:
-        raise ValueError(
-            f"generate: input_ids has shape {list(ids.shape)}: at least one row and one token are "
-            "wanted; a text begins with bos_token_id"
-        )
-    return ids.to(torch.int64)
-
-
-def _check_vocabulary(ids: Tensor, mask: Tensor | None, vocab: int) -> None:
-    bad = (ids < 0) | (ids >= vocab)
-    if mask is not None:
-        bad &= mask
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"generate: input_ids[{row}, {column}] is {int(ids[row, column])}: the vocabulary has "
-            f"{vocab} tokens"
-        )
-
-
-def _padding_mask(
-    content: Tensor, attention_mask: Tensor | None, options: GenerationConfig
-) -> Tensor | None:
-    """Give bool [B, S], True = token; None if all are.
-
-    Like transformers, takes pads in the prompt as padding unless pad also ends texts.
-    """
-    batch, columns = content.shape[:2]
-    if attention_mask is None:
-        pad = options.pad_token_id
-        if content.dim() != 2 or pad is None or pad in options.eos_token_ids:
-            return None
-        mask = content != pad
-        if bool(mask.all()):
-            return None
-        warnings.warn(
-            f"generate: input_ids contains pad_token_id ({pad}) and no attention_mask is given: "
-            "these tokens are taken as padding; pass attention_mask to say what is meant",
-            stacklevel=4,
-        )
-        return mask
-    if attention_mask.shape != (batch, columns):
-        raise ValueError(
-            f"generate: attention_mask has shape {list(attention_mask.shape)}: it must be "
-            f"[{batch}, {columns}] like the prompt, with 1 for a token and 0 for padding"
-        )
-    if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-        raise ValueError(
-            "generate: attention_mask has other values than 1 for a token and 0 for padding"
-        )
-    mask = attention_mask != 0
-    return None if bool(mask.all()) else mask
-
-
 def _new_tokens(options: GenerationConfig, columns: int) -> int:
     if options.max_new_tokens is not None:
         return options.max_new_tokens
@@ -489,44 +376,3 @@ def _new_tokens(options: GenerationConfig, columns: int) -> int:
             "already: raise it, or use max_new_tokens, which does not count the prompt"
         )
     return options.max_length - columns
-
-
-def _pack(
-    content: Tensor, mask: Tensor | None, lengths: Tensor, cached: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Give the tokens after the first `cached` of each row, padded at the left, and their mask.
-
-    So the last column is each row's last token, and padding costs no more than the longest row has.
-
-    Args:
-        content: [B, S] or [B, S, hidden_size].
-        mask: bool [B, S], True = token; None: all are.
-        lengths, cached: int64 [B], tokens of each row, and how many of them to leave out.
-
-    Returns:
-        [B, P] or [B, P, hidden_size], and bool [B, P], None if all are tokens.
-    """
-    counts = lengths - cached
-    width = int(counts.max())
-    if mask is not None:
-        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # real tokens first
-    else:
-        order = torch.arange(content.shape[1], device=content.device).expand(content.shape[:2])
-    # number of the token among the row's real ones, [B, P]; padding repeats the row's first
-    number = lengths[:, None] - width + torch.arange(width, device=content.device)
-    kept = number >= cached[:, None]
-    column = order.gather(1, number.clamp(min=0))
-    rows = torch.arange(content.shape[0], device=content.device)[:, None]
-    return content[rows, column], None if bool(kept.all()) else kept
-
-
-def _text(content: Tensor, mask: Tensor | None, columns: int) -> Tensor:
-    """Give the tokens of each row from column 0 on, int64 [B, columns]; -1 where none is yet."""
-    text = content.new_full((content.shape[0], columns), -1, dtype=torch.int64)
-    if content.dim() == 2:
-        known = content
-        if mask is not None:
-            order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
-            known = content.masked_fill(~mask, -1).gather(1, order)[:, :columns]
-        text[:, : known.shape[1]] = known
-    return text
