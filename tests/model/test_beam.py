@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +113,57 @@ def test_any_options_together_give_what_transformers_gives(data):
     out = lively(shape).generate(ids, attention_mask=mask, **free, **NEVER)[:, ids.shape[1] :]
     ends = {int(token) for token in draw(st.sets(st.sampled_from(out.flatten().tolist())), "ends")}
     assert_like_transformers(shape, ids, mask, sorted(ends - {PAD})[:3], **options)
+
+
+WITH_5 = """
+import json, sys
+import torch, transformers
+root = sys.argv[1]
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    root, dtype=torch.float32, attn_implementation="eager"
+)
+for number, (ids, mask, options) in enumerate(json.load(open(f"{root}/calls.json"))):
+    out = model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), do_sample=False,
+        return_dict_in_generate=True, output_scores=True, **options
+    )
+    kept = {"sequences": out.sequences}
+    if options["num_beams"] > 1:
+        kept |= {"scores": out.sequences_scores, "beams": out.beam_indices.to(torch.int64)}
+    torch.save(kept, f"{root}/{number}.pt")
+print("transformers", transformers.__version__)
+"""
+
+
+def test_transformers_5_finds_the_same(tmp_path):
+    place = os.environ.get("GEMMA2_TEST_TRANSFORMERS5")
+    if not place:
+        pytest.skip("GEMMA2_TEST_TRANSFORMERS5 names no folder with transformers 5")
+    model = lively("27b")
+    model.save_pretrained(tmp_path)
+    ids, mask = padded([tokens(1, 5)[0], tokens(1, 14, seed=1)[0]], "left")
+    searches = [*SEARCHES, {"num_beams": 1, "no_repeat_ngram_size": 2, "min_new_tokens": 8}]
+    calls = []
+    for search in searches:
+        options = {"max_new_tokens": 12, "num_return_sequences": search["num_beams"], **search}
+        eos = frequent("27b", ids, mask, **options)[:2]
+        calls.append(options | {"eos_token_id": eos, "pad_token_id": PAD})
+    content = json.dumps([(ids.tolist(), mask.tolist(), options) for options in calls])
+    (tmp_path / "calls.json").write_text(content)
+    paths = os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_5, str(tmp_path)],
+        env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=paths),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "transformers 5." in done.stdout, done.stderr[-3000:]
+    for number, options in enumerate(calls):
+        wanted = torch.load(tmp_path / f"{number}.pt")
+        found = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+        assert torch.equal(found.sequences, wanted["sequences"]), options
+        if options["num_beams"] > 1:
+            assert torch.equal(found.beam_indices, wanted["beams"]), options
+            torch.testing.assert_close(found.sequences_scores, wanted["scores"])
 
 
 def test_rings_may_wrap_while_texts_change_rows():
