@@ -115,6 +115,16 @@ def test_any_options_together_give_what_transformers_gives(data):
     assert_like_transformers(shape, ids, mask, sorted(ends - {PAD})[:3], **options)
 
 
+def test_texts_go_on_even_when_all_the_best_ones_end_at_once():
+    ids = tokens(1, 6)
+    with torch.no_grad():
+        eos = lively("three")(ids).logits[0, -1].topk(5).indices.tolist()
+    options = {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 3.0}
+    out = assert_like_transformers("three", ids, None, eos, max_new_tokens=9, **options)
+    assert out.sequences.shape[1] == 6 + 9
+    assert out.sequences_scores.min() > -1e3
+
+
 WITH_5 = """
 import json, sys
 import torch, transformers

@@ -179,10 +179,11 @@ def test_the_head_sees_scored_tokens_only():
 
 
 def test_bits_per_byte_count_bytes_not_tokens():
-    found = evaluation.Perplexity(log_prob=-8 * math.log(2), tokens=4, read=5, windows=1)
+    windows = {"windows": 1, "context": 8, "stride": 4}
+    found = evaluation.Perplexity(log_prob=-8 * math.log(2), tokens=4, read=5, **windows)
     assert found.perplexity == pytest.approx(4)
     assert found.bits_per_byte(16) == pytest.approx(0.5)
-    assert evaluation.Perplexity(-1e6, 1, 2, 1).perplexity == math.inf
+    assert evaluation.Perplexity(-1e6, 1, 2, **windows).perplexity == math.inf
 
 
 def test_the_embedded_model_has_read_its_definitions():

@@ -322,3 +322,42 @@ def test_a_criterion_sees_each_drafted_token(model):
 def test_a_criterion_that_tells_nothing_of_the_rows_is_an_error(model):
     with pytest.raises(ValueError, match=r"stopping_criteria\[0\] gave \[3\]: it must be a bool"):
         model.generate(tokens(2, 9), stopping_criteria=[lambda i, s: torch.ones(3)], **NEVER)
+
+
+@pytest.mark.parametrize("help", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 3}])
+@pytest.mark.parametrize("name", ["stopping_criteria", "logits_processor"])
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_an_error_in_a_function_leaves_the_cache_with_a_text_it_knows(model, name, call, help):
+    calls = []
+
+    def function(input_ids, scores):
+        calls.append(0)
+        if len(calls) == call:
+            raise LookupError("by the user")
+        return False if scores is None else scores
+
+    cache = HybridCache(model.config, 3, 300)
+    ids = tokens(1, 125)
+    options = {"max_new_tokens": 30, "past_key_values": cache, **help, **NEVER}
+    with pytest.raises(LookupError, match="by the user"):
+        model.generate(ids, **{name: [function]}, **options)
+    assert int(cache.lengths[0]) >= 125
+    assert len(cache.text[0]) == int(cache.lengths[0])
+    wanted = model.generate(ids, **{**options, "past_key_values": None})
+    assert torch.equal(model.generate(ids, **options), wanted)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+@pytest.mark.parametrize("device", [False, True])
+def test_a_stream_with_strings_may_be_dropped_between_drafted_tokens(model, steps, device):
+    ids = tokens(1, 125)
+    cache = HybridCache(model.config, 1, 300)
+    options = {"stop_strings": "zz", "tokenizer": Pieces(), "past_key_values": cache, **NEVER}
+    with as_on_a_device() if device else torch.no_grad():
+        stream = model.stream(ids, assistant_model=model, max_new_tokens=30, **options)
+        given = [int(next(stream)) for _ in range(steps)]
+        stream.close()
+    assert cache.lengths.tolist() == [125 + steps - 1]
+    text = torch.cat([ids, torch.tensor([given])], dim=1)
+    out = model.generate(text, max_new_tokens=9, **options)
+    assert torch.equal(out, model.generate(ids, max_new_tokens=steps + 9, **NEVER))
