@@ -108,7 +108,8 @@ def test_any_options_together_give_what_transformers_gives(data):
         "min_new_tokens": draw(st.integers(0, new), "least"),
     }
     if min(lengths) < max(lengths):
-        options["repetition_penalty"] = 1.0  # transformers penalizes the padding, too
+        # to transformers padding is text
+        options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     free = {**options, "num_return_sequences": beams, "min_new_tokens": 0}
     out = lively(shape).generate(ids, attention_mask=mask, **free, **NEVER)[:, ids.shape[1] :]
     ends = {int(token) for token in draw(st.sets(st.sampled_from(out.flatten().tolist())), "ends")}
@@ -187,14 +188,22 @@ def test_rings_may_wrap_while_texts_change_rows():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_each_row_of_unequal_prompts_gets_what_it_gets_alone(model, side):
-    rows = [tokens(1, n, seed=n)[0] for n in (3, 140, 11)]
+@pytest.mark.parametrize("ends", [0, 3])
+def test_each_row_of_unequal_prompts_gets_what_it_gets_alone(model, side, ends):
+    """Where others are still being searched for, its own texts do not change any more."""
+    rows = [tokens(1, n, seed=n)[0] for n in (3, 140, 11, 4)]
     ids, mask = padded(rows, side)
-    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, **NEVER}
-    out = model.generate(ids, attention_mask=mask, **options)
+    options = {"num_beams": 3, "length_penalty": 2.0, "max_new_tokens": 12}
+    eos = frequent("three", ids, mask, **options)[:ends]
+    options |= {"num_return_sequences": 2, "eos_token_id": eos}
+    out = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    widths = set()
     for b, row in enumerate(rows):
-        alone = model.generate(row[None], **options)
-        assert torch.equal(out[2 * b : 2 * b + 2, ids.shape[1] :], alone[:, len(row) :]), b
+        alone = model.generate(row[None], **options)[:, len(row) :]
+        widths.add(alone.shape[1])
+        assert torch.equal(out[2 * b : 2 * b + 2, : alone.shape[1]], alone), b
+        assert (out[2 * b : 2 * b + 2, alone.shape[1] :] == 0).all(), b
+    assert (len(widths) > 1) == (ends > 0)
 
 
 def test_the_prompt_is_read_once_for_all_beams(model):
