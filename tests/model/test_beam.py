@@ -193,7 +193,7 @@ def test_each_row_of_unequal_prompts_gets_what_it_gets_alone(model, side, ends):
     """Where others are still being searched for, its own texts do not change any more."""
     rows = [tokens(1, n, seed=n)[0] for n in (3, 140, 11, 4)]
     ids, mask = padded(rows, side)
-    options = {"num_beams": 3, "length_penalty": 2.0, "max_new_tokens": 12}
+    options = {"num_beams": 3, "max_new_tokens": 25}
     eos = frequent("three", ids, mask, **options)[:ends]
     options |= {"num_return_sequences": 2, "eos_token_id": eos}
     out = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
