@@ -55,7 +55,7 @@ def test_tokens_that_would_end_an_ngram_again_are_forbidden_and_no_others(rows, 
 
 
 def test_what_stands_behind_the_known_tokens_is_not_looked_at():
-    text = torch.tensor([[1, 2, 1, 2, 3]])
+    text = torch.tensor([[1, 2, 1, 3, 3]])
     scores = torch.zeros(1, 5)
     assert forbid_ngrams(scores, text, torch.tensor([3]), 2)[0].tolist() == [0, 0, -math.inf, 0, 0]
 
@@ -153,20 +153,24 @@ def test_rows_of_unequal_length_are_treated_as_if_alone(model):
             assert torch.equal(out[b], model.generate(row[None], **options)[0, len(row) :])
 
 
-def test_a_text_has_its_least_length(model):
-    ids = tokens(1, 6)
-    eos = int(model.generate(ids, max_new_tokens=3, **NEVER)[0, 7])
-    options = {"max_new_tokens": 12, "eos_token_id": [eos, 96]}
-    assert model.generate(ids, **options).shape[1] == 8
-    for least in (
-        {"min_new_tokens": 5},
-        {"min_length": 11},
-        {"min_length": 1, "min_new_tokens": 5},
-    ):
-        out = model.generate(ids, **options, **least)[0, 6:].tolist()
-        assert len(out) >= 5
-        assert eos not in out[:5]
-        assert 96 not in out[:5]
+@pytest.mark.parametrize(
+    ("least", "new"),
+    [
+        ({}, 1),
+        ({"min_new_tokens": 5}, 6),
+        ({"min_length": 11}, 6),
+        ({"min_length": 6}, 1),
+        ({"min_length": 20, "min_new_tokens": 3}, 4),
+    ],
+)
+@pytest.mark.parametrize("help", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_a_text_ends_no_sooner_and_no_later_than_allowed(model, help, least, new):
+    """Nearly all tokens are ends, so that it ends as soon as it may."""
+    ends = {"eos_token_id": list(range(3, 97)), "max_new_tokens": 12}
+    options = {"repetition_penalty": 0.5, "early_stopping": True, **ends, **help}
+    out = model.generate(tokens(1, 6), **options, **least)[0, 6:].tolist()
+    assert len(out) == new
+    assert max(out[:-1], default=0) < 3 <= out[-1]
 
 
 @pytest.mark.parametrize(
