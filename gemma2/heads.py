@@ -68,6 +68,10 @@ class Gemma2ForCausalLM(GenerationMixin, Gemma2PreTrainedModel):
         """Give the head."""
         return self.lm_head
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
+        """Give the arguments of a call; PEFT looks for this method, `generate` does not use it."""
+        return {"input_ids": input_ids, **inputs}
+
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -67,6 +67,11 @@ class ScaledEmbedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Leave the memory as it is: the model fills it, once."""
 
+    @property
+    def embed_scale(self) -> Tensor:
+        """What rows are multiplied by, a scalar: adapters scale what they add to a row alike."""
+        return torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
+
     def forward(self, ids: Tensor) -> Tensor:  # ids: [B, S] -> [B, S, hidden_size]
         return ops.embed(ids, self.weight, self.embedding_dim**0.5)
 
@@ -249,9 +254,8 @@ def add_and_norm(
     h: Tensor, x: Tensor, post: Gemma2RMSNorm, pre: Gemma2RMSNorm | None, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Give h + rms(x; post), written over h if `inplace`, and that normed by `pre`."""
-    if is_hooked(post) or (
-        pre is not None and is_hooked(pre)
-    ):  # they want to see their modules called
+    # hooks want to see their modules called, and an adapter in place of a norm has other weights
+    if any(n is not None and (is_hooked(n) or type(n) is not Gemma2RMSNorm) for n in (post, pre)):
         h = h + post(x)
         return h, None if pre is None else pre(h)
     weights = post.weight, (post if pre is None else pre).weight

@@ -165,6 +165,7 @@ class GenerationMixin(nn.Module):
         refuse_unknown(unsupported, _ALL)
         named = {name: given[name] for name in _NAMED}
         others = {name: given[name] for name in _OTHERS}
+        _refuse_soft_prompts(self)
         run = prepare(self, named, input_ids=input_ids, **others)
         if run.beams is not None and streamer is not None:
             raise ValueError(
@@ -210,6 +211,7 @@ class GenerationMixin(nn.Module):
             if named[name]:
                 raise ValueError(f"stream: {name} is {named[name]}: a stream gives tokens only")
             named[name] = False
+        _refuse_soft_prompts(self)
         run = prepare(self, named, input_ids=input_ids, **others)
         if run.beams is not None:
             raise ValueError(
@@ -247,6 +249,16 @@ class GenerationMixin(nn.Module):
         source = rows if beam_indices is None else beam_indices
         steps = torch.arange(new.shape[1], device=new.device)
         return table[steps, source.clamp(min=0), new].masked_fill(source < 0, 0.0)
+
+
+def _refuse_soft_prompts(model: nn.Module) -> None:
+    """PEFT's prompt learning replaces a method through which transformers' loop runs, not this one."""
+    replaced = vars(model).get("prepare_inputs_for_generation")
+    if replaced is not None and getattr(replaced, "__self__", None) is not model:
+        raise ValueError(
+            "generate: the model is one of PEFT's prompt learning, whose prompts would be left out: "
+            "use transformers' Gemma 2 with gemma2.integrations.transformers"
+        )
 
 
 def _output(run: Run, sequences: Tensor, found: Found | None = None) -> GenerateOutput:

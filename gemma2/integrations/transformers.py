@@ -249,7 +249,8 @@ def _matrix(batch_size: int, cache_position: Tensor | None, **kwargs: Any) -> Te
             del kwargs[name]
         kwargs["cache_position"] = cache_position
     skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor = theirs.sdpa_mask(batch_size, **{**kwargs, **skips})
+    mask = theirs.sdpa_mask(batch_size, **{**kwargs, **skips})
+    assert mask is not None
     return mask
 
 
