@@ -20,7 +20,7 @@ from gemma2.convert import hub, original
 from gemma2.convert.source import Source, given_config
 from gemma2.saving import parse_size
 from gemma2.staging import is_leftover
-from gemma2.weights import DTYPES, SAFE, SAFE_INDEX, CheckpointError
+from gemma2.weights import DTYPES, SAFE, SAFE_INDEX, CheckpointError, check_finished
 
 __all__ = ["Report", "convert", "detect"]
 
@@ -70,6 +70,7 @@ def detect(path: str | os.PathLike[str]) -> str:
             return "original"
         hint = ": give its folder" if path.suffix in (".safetensors", ".json") else ""
         raise CheckpointError(f"{path}: it is neither a GGUF file nor one of torch.save{hint}")
+    check_finished(path)
     if any((path / name).is_file() for name in (SAFE, SAFE_INDEX)):
         return "hub"
     if any(path.glob("*.ckpt")):
@@ -193,11 +194,14 @@ def _check_places(source: Path, target: Path, to: str, overwrite: bool) -> None:
     if begin == end or begin in end.parents or end in begin.parents:
         how = "the source itself" if begin == end else "inside the other"
         raise ValueError(f"convert: source is {source} and target {target}: one is {how}")
+    above = next(folder for folder in end.parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"convert: target is {target}: {above} is a file, and no folder")
     if not target.exists():
         if target.is_symlink():
             raise FileExistsError(f"convert: target is {target}: a link to nothing")
         return
-    if to == "gguf" or (to == "original" and original.is_one_file(target)):
+    if to == "gguf" or (to == "original" and original.names_a_file(target)):
         if target.is_dir():
             raise IsADirectoryError(f"convert: target is {target}: a folder, and not a file")
         if not overwrite:

@@ -220,9 +220,17 @@ def _signature(shapes: Mapping[str, tuple[int, ...]]) -> str:
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def is_one_file(target: Path) -> bool:
+def names_a_file(target: Path) -> bool:
     """Tell whether `target` names a single file, and not a folder."""
     return target.suffix == ".ckpt"
+
+
+def is_one_file(config: Gemma2Config, dtype: torch.dtype, shard_bytes: int | None) -> bool:
+    """Tell whether a model is written as one file, and not in shards."""
+    _, size = layout_of(_shapes(config), dtype)
+    if shard_bytes is not None:
+        return size <= shard_bytes
+    return size <= _ONE_FILE_BYTES and hub_shapes(config) != hub_shapes(SIZES["27b"]())
 
 
 def write(
@@ -252,10 +260,8 @@ def write(
             f"convert: {LM_HEAD} is a matrix of its own: Google's layout has only the embedding"
         )
     tensors, size = layout_of(_shapes(config), dtype)
-    in_one = size <= _ONE_FILE_BYTES and hub_shapes(config) != hub_shapes(SIZES["27b"]())
-    if shard_bytes is not None:
-        in_one = size <= shard_bytes
-    if is_one_file(target) and not in_one:
+    in_one = is_one_file(config, dtype, shard_bytes)
+    if names_a_file(target) and not in_one:
         raise ValueError(
             f"convert: target is {target}: {size / 1e9:.1f} GB of this model are written in "
             "shards: give a folder"
@@ -276,7 +282,7 @@ def write(
 
     check_space(target, size + freqs.numel() * freqs.element_size())
     with progress_bar(2 * size, f"Writing {target.name}", progress) as advance:
-        if is_one_file(target):
+        if names_a_file(target):
             with staged_file(target) as file:
                 write_torch_file(file, {_FREQS: freqs, **tensors}, parts, advance, _STATE)
                 verify(source, open_source(file, config), dtype, advance)
