@@ -196,7 +196,7 @@ class PickleFile:
             raise CheckpointError(f"{self.path}: it must hold a dict of names and tensors")
         for name, tensor in state.items():
             size = tensor.numel() * tensor.element_size()
-            if tensor.untyped_storage().nbytes() < size:
+            if tensor.untyped_storage().nbytes() < size or tensor.is_neg():
                 raise CheckpointError(
                     f"{self.path}: {shown(name)} of shape {list(tensor.shape)} is not stored in "
                     "full"

@@ -31,6 +31,7 @@ _STORAGES: dict[str, torch.dtype] = {
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
     "CharStorage": torch.int8,
+    "ComplexFloatStorage": torch.complex64,
 }
 _NUMPY: dict[torch.dtype, Any] = {
     torch.float64: np.float64,
@@ -38,6 +39,7 @@ _NUMPY: dict[torch.dtype, Any] = {
     torch.float16: np.float16,
     torch.bfloat16: np.int16,
     torch.int8: np.int8,
+    torch.complex64: np.complex64,
 }
 
 

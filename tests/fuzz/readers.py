@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gemma2 import Gemma2Config, Gemma2ForCausalLM
+from gemma2.convert import original
+from gemma2.convert.gguf import open_source as open_gguf
 from gemma2.generation.config import GenerationConfig
 from gemma2.tokenizer import Tokenizer
-from tests.fuzz import damage, expected, samples
+from tests.fuzz import damage, expected, gguf, samples
 from tests.fuzz.samples import Folder
 
 
@@ -106,6 +108,41 @@ def _tokenizer(folder: Path) -> None:
     "".join([*map(stream.put, ids), stream.end()])
 
 
+def _original(folder: Path) -> None:
+    config = Gemma2Config(**samples.SIZES)
+    ckpt = folder / "model.ckpt"
+    source = original.open_source(ckpt if ckpt.is_file() else folder, config)
+    said: dict[str, Tensor] = {}
+    for file in [ckpt] if ckpt.is_file() else sorted(folder.glob("*.bin")):
+        state = expected.pickled(file)
+        said |= state.get("model_state_dict", state)
+    wanted = {}
+    for key, value in said.items():
+        scaler = said.get(key.replace("weight", "weight_scaler"))
+        if value.dtype == torch.int8 and scaler is not None:
+            value = value.float() * scaler.float()[:, None]
+        if ".qkv_proj." in key:
+            sizes = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
+            rows = value.split([heads * config.head_dim for heads in sizes])
+            for kind, part in zip("qkv", rows, strict=True):
+                wanted[key.replace("qkv_proj", f"{kind}_proj")] = part
+        wanted["model.embed_tokens.weight" if key == "embedder.weight" else key] = value
+    found = {name: source.read(name) for name in source.tensors}
+    if wrong := expected.difference(found, wanted):
+        raise WrongError(wrong)
+
+
+def _gguf(folder: Path) -> None:
+    path = folder / "model.gguf"
+    source = open_gguf(path)
+    found = {name: source.read(name) for name in source.tensors}
+    if wrong := expected.difference(found, gguf.read(path)):
+        raise WrongError(wrong)
+    with warnings.catch_warnings():  # a vocabulary that cannot be expressed
+        warnings.simplefilter("ignore")
+        _ = source.tokenizer
+
+
 READERS: dict[str, Reader] = {
     "safetensors": Reader(lambda: [samples.one_file()], ["model.safetensors"], _model),
     "index": Reader(lambda: [samples.shards()], ["model.safetensors.index.json"], _model),
@@ -119,6 +156,13 @@ READERS: dict[str, Reader] = {
     "generation_config": Reader(
         lambda: [samples.one_file()], ["generation_config.json"], _generation_config
     ),
+    "original": Reader(lambda: [samples.original_file()], ["model.ckpt"], _original),
+    "original shards": Reader(
+        lambda: [samples.original_shards()],
+        ["pytorch_model-0.bin", "pytorch_model-1.bin"],
+        _original,
+    ),
+    "gguf": Reader(lambda: [{"model.gguf": gguf.healthy().packed()}], ["model.gguf"], _gguf),
     "tokenizer": Reader(
         lambda: [samples.tokenizer()], ["tokenizer.json", "tokenizer_config.json"], _tokenizer
     ),

@@ -150,6 +150,29 @@ def originals() -> dict[str, Tensor]:
 
 
 @functools.cache
+def original_file() -> Folder:
+    content = pickled({"model_state_dict": originals()})
+    return {"config.json": one_file()["config.json"], "model.ckpt": content}
+
+
+@functools.cache
+def original_shards() -> Folder:
+    """Shards without an index, and int8 weights with a scaler for each row."""
+    quantised = {}
+    for name, value in originals().items():
+        quantised[name] = value
+        if value.dim() == 2 and name != "freqs_cis":
+            scaler = value.abs().amax(dim=1) / 127
+            quantised[name] = (value / scaler[:, None]).round().to(torch.int8)
+            quantised[name.replace("weight", "weight_scaler")] = scaler
+    names = sorted(quantised)
+    folder: Folder = {"config.json": one_file()["config.json"]}
+    for i, part in enumerate((names[:9], names[9:])):
+        folder[f"pytorch_model-{i}.bin"] = pickled({name: quantised[name] for name in part})
+    return folder
+
+
+@functools.cache
 def tokenizer() -> Folder:
     """A tokenizer of the hub's kind: byte fallback, merges, special tokens with their roles."""
     from tokenizers import Tokenizer, decoders, models, normalizers
