@@ -329,6 +329,10 @@ def from_index(folder: Path, entry: Path) -> Weights:
                 weights.problems.append(
                     f"{file} holds {shown(name)}, which {entry.name} does not name"
                 )
+            elif weight_map[name] != file:
+                weights.problems.append(
+                    f"{file} holds {shown(name)}, which {entry.name} puts into {weight_map[name]}"
+                )
     return weights
 
 

@@ -145,6 +145,8 @@ class File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():  # opening a pipe may never end
+            raise CheckpointError(f"{path}: not a readable GGUF file: it is no file")
         with open(path, "rb") as file:
             header = _Header(path, file)
             counts = self._start(header)

@@ -44,7 +44,7 @@ _NUMPY: dict[torch.dtype, Any] = {
 
 
 def as_tensor(array: Any, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).view(dtype)
+    return torch.from_numpy(np.array(array)).view(dtype)
 
 
 def safetensors(path: Path) -> dict[str, Tensor]:
@@ -111,10 +111,12 @@ def hub(folder: Path) -> dict[str, Tensor]:
             return dict(read(folder / name))
         index = folder / f"{name}.index.json"
         if index.is_file():
-            found: dict[str, Tensor] = {}
-            for file in set(json.loads(index.read_bytes())["weight_map"].values()):
-                found |= (safetensors if file.endswith(".safetensors") else pickled)(folder / file)
-            return found
+            places = json.loads(index.read_bytes())["weight_map"]
+            held = {
+                file: (safetensors if file.endswith(".safetensors") else pickled)(folder / file)
+                for file in set(places.values())
+            }
+            return {name: held[file][name] for name, file in places.items() if name in held[file]}
     raise AssertionError("no weights, and yet they were read")
 
 
