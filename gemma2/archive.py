@@ -8,6 +8,7 @@ dictionaries is refused here.
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 import re
 import struct
@@ -99,6 +100,8 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, zipfile.ZipInfo]]:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise ValueError("compressed or encrypted records")
         start = _start(file, info)
+        if info.compress_size != info.file_size:
+            raise ValueError("a record of two sizes")
         if info.header_offset < free or start + info.file_size > size:
             raise ValueError("records that overlap or end behind the file")
         free = start + info.file_size
@@ -152,6 +155,8 @@ def _storages(content: bytes) -> list[tuple[str, str, int]]:
         for code, argument, _ in pickletools.genops(content):
             if code.name not in _OPCODES:
                 raise ValueError(f"the instruction {code.name}")
+            if code.name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
+                raise ValueError(f"a pickle of protocol {argument}")
             if code.name == "GLOBAL" and argument not in _GLOBALS:
                 raise ValueError(f"the global {str(argument)[:100]!r}")
             if code.name == "BINPERSID":

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma2.config import read_json
+from gemma2.config import read_json, show
 
 __all__ = ["DEFAULT_NEW_TOKENS", "GenerationConfig"]
 
@@ -84,7 +84,7 @@ def refuse_unsupported(options: Mapping[str, Any], source: str) -> None:
 
 
 def _error(name: str, value: object, wanted: str) -> str:
-    return f"generate: {name} is {value!r}: it must be {wanted}"
+    return f"generate: {name} is {show(value)}: it must be {wanted}"
 
 
 def _integer(name: str, value: object, wanted: str, least: int = 0) -> int:
@@ -110,7 +110,7 @@ def _real(name: str, value: object, wanted: str) -> float:
 
 def _token_ids(name: str, value: Any, wanted: str) -> int | list[int]:
     scalar = isinstance(value, (str, bytes)) or getattr(value, "ndim", None) == 0
-    if isinstance(value, Iterable) and not scalar:
+    if isinstance(value, Iterable) and not scalar and not isinstance(value, Mapping):
         return [_integer(name, item, wanted) for item in value]
     return _integer(name, value, wanted)
 
