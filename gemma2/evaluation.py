@@ -27,12 +27,15 @@ class Perplexity:
     tokens: that were scored.
     read: that the model has read for it, begin-of-sequence tokens included.
     windows: it has read them in.
+    context, stride: of the windows.
     """
 
     log_prob: float
     tokens: int
     read: int
     windows: int
+    context: int
+    stride: int
 
     @property
     def perplexity(self) -> float:
@@ -191,7 +194,7 @@ def perplexity(
             progress(done)
         if done == len(row):
             break
-    return Perplexity(total, done, read, windows)
+    return Perplexity(total, done, read, windows, context, stride)
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -1,4 +1,4 @@
-"""The command `gemma2`: write text, talk, classify text, show what a model needs, measure.
+"""The command `gemma2`: write text, talk, classify, evaluate, convert, measure.
 
 Exit codes: 0 all well, 1 it failed (one line on stderr says why), 2 wrong usage, 130 interrupted.
 Results go to stdout, everything else to stderr. torch is imported only once there is work for it.
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn, TextIO
 
 import gemma2
-from gemma2.cli import bench, chat, classify, generate, info
+from gemma2.cli import bench, chat, classify, convert, generate, info, perplexity
 from gemma2.cli.options import Commands
 from gemma2.cli.shared import CommandError, say
 
@@ -33,13 +33,15 @@ examples:
   gemma2 generate --model gemma-2-2b-it --chat "Why is the sky blue?"
   gemma2 chat --model gemma-2-2b-it               a conversation
   gemma2 classify "a large wild cat with stripes" one of WordNet's 45 classes
+  gemma2 perplexity --model gemma-2-2b book.txt   how well a text is predicted
+  gemma2 convert model.ckpt gemma-2-2b            Google's checkpoint into the hub's layout
   gemma2 info --size 9b                           what a model of this size needs
   gemma2 bench                                    tokens per second on this machine
 
 `gemma2 COMMAND --help` explains a command.
 """
 
-_COMMANDS = (generate, chat, classify, info, bench)
+_COMMANDS = (generate, chat, classify, perplexity, convert, info, bench)
 
 
 def _parser() -> argparse.ArgumentParser:
