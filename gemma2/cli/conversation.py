@@ -7,7 +7,6 @@ prompt and the model reads each token once.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma2.cache import HybridCache
+from gemma2.cli.options import SETTINGS
 from gemma2.cli.shared import CommandError, per_second
 from gemma2.generation import GenerationConfig
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from gemma2 import Gemma2ForCausalLM, Tokenizer
 
 __all__ = ["Conversation", "Definitions"]
-
-_SETTINGS = {item.name for item in dataclasses.fields(GenerationConfig)} - {"extra"}
 
 # The end of the text before the last message, and of that message: so that it can be taken back, or
 # answered again, when the sliding layers have forgotten what was before.
@@ -254,7 +252,7 @@ class Conversation:
         """
         options = dict(settings or self.settings())
         seed = options.pop("seed", None)
-        unknown = sorted(set(options) - _SETTINGS)
+        unknown = sorted(set(options) - set(SETTINGS))
         if unknown:
             raise ValueError(f"there is no setting {unknown[0]!r}")
         GenerationConfig(**options)  # raises for values that make no sense

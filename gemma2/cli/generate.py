@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gemma2.cli.options import (
     Commands,
     check_sampling,
+    count,
     sampling_of,
     sampling_options,
     weights_options,
@@ -17,6 +19,8 @@ from gemma2.cli.options import (
 from gemma2.cli.shared import device_of, load_causal_lm, per_second, say, set_threads, texts_of
 
 if TYPE_CHECKING:
+    import torch
+
     from gemma2 import Gemma2ForCausalLM, Tokenizer
 
 __all__ = ["add"]
@@ -59,6 +63,18 @@ def add(commands: Commands) -> None:
         "--no-stream", action="store_true", help="print each text when it is complete"
     )
     generate.add_argument("--stats", action="store_true", help="speed on stderr")
+    generate.add_argument(
+        "--stop", action="append", metavar="STRING",
+        help="end where the text contains STRING; may be given several times",
+    )  # fmt: skip
+    faster = generate.add_mutually_exclusive_group()
+    faster.add_argument(
+        "--num-beams", type=count, metavar="N", help="look for the best text, N at a time"
+    )
+    faster.add_argument(
+        "--prompt-lookup", type=count, metavar="N",
+        help="check N tokens at a time that are looked up in prompt and text; the text stays the same",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -67,6 +83,8 @@ def _run(args: argparse.Namespace) -> None:
         args.parser.error(
             "--raw is for the embedded model: with --model, TEXT is continued as it is"
         )
+    if args.stop and "" in args.stop:
+        args.parser.error("--stop: an empty STRING is in every text")
     if args.chat and args.model is None:
         args.parser.error("--chat needs --model: the embedded model writes definitions only")
     texts = texts_of(args.text)
@@ -75,6 +93,12 @@ def _run(args: argparse.Namespace) -> None:
     model, tokenizer = load_causal_lm(args, device_of(args))
     load_seconds = time.perf_counter() - start
     options, seed = sampling_of(args, model.generation_config)
+    if args.stop:
+        options.update(stop_strings=args.stop, tokenizer=tokenizer)
+    if args.num_beams:
+        options["num_beams"] = args.num_beams
+    if args.prompt_lookup:
+        options["prompt_lookup_num_tokens"] = args.prompt_lookup
     for number, text in enumerate(texts):
         ids = _prompt_ids(args, tokenizer, text)
         shown = not (args.json or args.no_stream)
@@ -86,9 +110,11 @@ def _run(args: argparse.Namespace) -> None:
         elif args.no_stream:
             print(result["text"], flush=True)
         if args.stats and not args.json:
+            reading = result["prefill_tokens_per_s"]
             say(
-                f"prompt {result['prompt_tokens']} tokens, {result['prefill_tokens_per_s']:.0f} "
-                f"tokens/s; text {result['new_tokens']} tokens, "
+                f"prompt {result['prompt_tokens']} tokens, "
+                + ("" if reading is None else f"{reading:.0f} tokens/s; ")
+                + f"text {result['new_tokens']} tokens, "
                 f"{result['decode_tokens_per_s']:.1f} tokens/s; loaded in {load_seconds:.1f} s"
                 + ("" if seed is None else f"; seed {seed}")
             )
@@ -136,23 +162,41 @@ def _write(
     start = time.perf_counter()
     first = start
     try:
-        for step in model.stream(prompt, seed=seed, **options):
+        for token in _tokens(model, prompt, {**options, "seed": seed}):
             if not new:
                 first = time.perf_counter()
-            new.append(int(step))
-            show(decoder.put(new[-1]))
+            new.append(token)
+            show(decoder.put(token))
         show(decoder.end())
     finally:
         if print_text:
             print(flush=True)
     end = time.perf_counter()
+    together = "num_beams" in options  # all tokens come at once, in the end
     return {
         "text": "".join(pieces),
         "tokens": new,
-        "finish_reason": "eos" if new[-1] in ends else "length",
+        "finish_reason": _reason(new, ends, options["max_new_tokens"]),
         "seed": seed,
         "prompt_tokens": len(ids),
         "new_tokens": len(new),
-        "prefill_tokens_per_s": per_second(len(ids), first - start),
-        "decode_tokens_per_s": per_second(len(new) - 1, end - first),
+        "prefill_tokens_per_s": None if together else per_second(len(ids), first - start),
+        "decode_tokens_per_s": per_second(len(new) - 1, end - (start if together else first)),
     }
+
+
+def _tokens(
+    model: Gemma2ForCausalLM, prompt: torch.Tensor, options: dict[str, Any]
+) -> Iterator[int]:
+    """Give the new tokens as they come; the best of several beams is known in the end only."""
+    if "num_beams" in options:
+        found: Any = model.generate(prompt, **options)
+        yield from found[0, prompt.shape[1] :].tolist()
+    else:
+        yield from map(int, model.stream(prompt, **options))
+
+
+def _reason(new: list[int], ends: set[int], most: int) -> str:
+    if new[-1] in ends:
+        return "eos"
+    return "length" if len(new) == most else "stop"

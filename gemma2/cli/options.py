@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "INF",
+    "SETTINGS",
     "SIZES",
     "Commands",
     "check_sampling",
@@ -134,10 +135,22 @@ def sampling_options(new_tokens: int) -> argparse.ArgumentParser:
         "--repetition-penalty", type=number(float, 1e-300, 1e9, "a number above 0"), metavar="R",
         help="above 1: avoid what has occurred (also when greedy)",
     )  # fmt: skip
+    writing.add_argument(
+        "--no-repeat-ngram-size", type=count, metavar="N",
+        help="no N tokens in a row occur twice in prompt and text",
+    )  # fmt: skip
+    writing.add_argument(
+        "--min-new-tokens", type=count, metavar="N", help="the text does not end before N tokens"
+    )
     return writing
 
 
-_CHOICES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Options of `generate` that stand for those of the command line.
+_CHOICES = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size",
+    "min_new_tokens",
+)  # fmt: skip
+SETTINGS = (*_CHOICES, "do_sample", "max_new_tokens")
 
 
 def _wants_sampling(args: argparse.Namespace) -> bool:
@@ -153,8 +166,9 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 def sampling_given(args: argparse.Namespace) -> bool:
     """Tell whether one of the options of `sampling_options` was given."""
-    others = (args.repetition_penalty, args.max_new_tokens)
-    return _wants_sampling(args) or args.greedy or any(value is not None for value in others)
+    named = (*_CHOICES, "max_new_tokens")
+    others = any(getattr(args, name) is not None for name in named)
+    return _wants_sampling(args) or args.greedy or others
 
 
 def sampling_of(

@@ -96,10 +96,12 @@ def test_help_version_and_wrong_usage_do_not_wait_for_torch():
     code = (
         "import sys\n"
         "from gemma2 import cli\n"
-        "for words in (['--help'], ['--version'], ['generate', '--help'], ['generate'], []):\n"
+        "for words in (['--help'], ['--version'], ['generate', '--help'], ['generate'], [],\n"
+        "        ['chat', '--help'], ['perplexity', '--help'], ['convert', '--help']):\n"
         "    try: cli.main(words)\n"
         "    except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+        "for name in ('torch', 'rich', 'tqdm', 'tokenizers', 'readline'):\n"
+        "    assert name not in sys.modules, f'{name} was imported'\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -109,7 +111,10 @@ def test_help_version_and_wrong_usage_do_not_wait_for_torch():
     assert f"gemma2 {gemma2.__version__}" in done.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["classify"], ["info"], ["bench"]])
+COMMANDS = ["generate", "chat", "classify", "perplexity", "convert", "info", "bench"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_shows_examples(gemma2_command, command):
     code, out, err = gemma2_command(*command, "--help")
     assert (code, err) == (0, "")
@@ -169,6 +174,42 @@ def test_generate_is_greedy_until_a_sampling_option_is_given(gemma2_command, fol
     assert text("--temperature", 5, "--top-k", 0, "--seed", seed) == (wild, seed), (
         "named: had again"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--num-beams", 3], {"num_beams": 3}),
+        (["--min-new-tokens", 9], {"min_new_tokens": 9}),
+        (["--no-repeat-ngram-size", 1], {"no_repeat_ngram_size": 1}),
+        (["--prompt-lookup", 3], {"prompt_lookup_num_tokens": 3}),
+        (["--repetition-penalty", 1.5], {"repetition_penalty": 1.5}),
+    ],
+)
+def test_options_of_generate_are_those_of_the_library(gemma2_command, folder, words, options):
+    arguments = ["--json", "--model", folder, "--max-new-tokens", 12]
+    code, out, err = gemma2_command("generate", *arguments, *words, "bird bird")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    tokenizer = gemma2.Tokenizer.from_pretrained(folder)
+    model = gemma2.Gemma2ForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([tokenizer.encode("bird bird")])
+    wanted = model.generate(ids, max_new_tokens=12, **options)
+    assert found["tokens"] == wanted[0, ids.shape[1] :].tolist()
+    assert (found["prefill_tokens_per_s"] is None) == ("num_beams" in options)
+    assert "tokens/s" in gemma2_command("generate", *arguments[1:], *words, "--stats", "x")[2]
+
+
+def test_generate_stops_at_a_string(gemma2_command, folder):
+    arguments = ["generate", "--json", "--model", folder, "--temperature", 2, "--seed", 1]
+    _, out, _ = gemma2_command(*arguments, "--min-new-tokens", 12, "--max-new-tokens", 12, "bird")
+    whole = json.loads(out)
+    letter = next(c for c in whole["text"][3:] if c.isascii() and c not in whole["text"][:3])
+    stop = ["--stop", "nowhere in it", "--stop", letter]
+    _, out, _ = gemma2_command(*arguments, *stop, "--max-new-tokens", 12, "bird")
+    found = json.loads(out)
+    assert found["finish_reason"] == "stop"
+    assert found["text"] == whole["text"][: whole["text"].index(letter) + 1]
 
 
 def test_generate_reads_stdin_for_a_dash(gemma2_command, folder, monkeypatch):
@@ -391,6 +432,18 @@ WRONG_USAGE = [
     ["generate", "--seed", "-1", "x"],
     ["generate", "--max-new-tokens", "0", "x"],
     ["generate", "--greedy", "--temperature", "1", "x"],
+    ["generate", "--num-beams", "2", "--prompt-lookup", "2", "x"],
+    ["generate", "--stop", "", "x"],
+    ["chat", "--greedy", "--seed", "1"],
+    ["chat", "--context", "0"],
+    ["chat", "hello"],
+    ["perplexity"],
+    ["perplexity", "--context", "1", "x"],
+    ["perplexity", "--context", "8", "--stride", "8", "x"],
+    ["convert", "x"],
+    ["convert", "--to", "onnx", "x", "y"],
+    ["convert", "--size", "2b", "--config", "z", "x", "y"],
+    ["convert", "--dtype", "q8_0", "x", "y"],
     ["generate", "--chat", "x"],
     ["generate", "--raw", "--model", "folder", "x"],
     ["generate", "--dtype", "int8", "x"],
