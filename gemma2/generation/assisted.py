@@ -67,10 +67,12 @@ class AssistedStep(Step):
                 input_ids=ids, past_key_values=reading.cache, use_cache=True, logits_to_keep=1
             ).logits
             ids = sampler.draw(logits[:, -1], self.count + ahead).clamp(min=0)[:, None]
-            sampler.note(ids, self.count + ahead)
+            if sampler.looks_back:
+                sampler.note(ids, self.count + ahead)
             drafts.append(ids)
         found = torch.cat(drafts, dim=1)
-        sampler.note(torch.full_like(found, -1), self.count)
+        if sampler.looks_back:
+            sampler.note(torch.full_like(found, -1), self.count)
         return found
 
     def _draft_by_text(self) -> Tensor:
@@ -85,11 +87,18 @@ class AssistedStep(Step):
             past_key_values=self.run.cache,
             use_cache=True,
         ).logits
-        drawn = [self.draw(logits[:, 0])]
-        for ahead in range(drafts.shape[1]):
-            self.run.sampler.note(drafts[:, ahead : ahead + 1], self.count + ahead)
-            drawn.append(self.draw(logits[:, ahead + 1], ahead + 1))
-        chosen = torch.stack(drawn, dim=1)
+        sampler, rows = self.run.sampler, logits.shape[0]
+        if sampler.temperature == 0 and not sampler.looks_back and self.run.record is None:
+            # the most probable tokens need no random numbers, so one call finds them all
+            steps = self.count.new_zeros(rows * logits.shape[1])
+            chosen = sampler.draw(logits.flatten(0, 1), steps).view(rows, -1)
+        else:
+            drawn = [self.draw(logits[:, 0])]
+            for ahead in range(drafts.shape[1]):
+                if sampler.looks_back:
+                    sampler.note(drafts[:, ahead : ahead + 1], self.count + ahead)
+                drawn.append(self.draw(logits[:, ahead + 1], ahead + 1))
+            chosen = torch.stack(drawn, dim=1)
         right = (chosen[:, :-1] == drafts).to(torch.int64).cumprod(dim=1) == 1
         return chosen, F.pad(right, (1, 0), value=True)
 

@@ -66,6 +66,11 @@ class Sampler:
         self._processors = processors
         self._columns, self._prompt_columns = columns, prompt_columns
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the tokens before it, beyond the logits."""
+        return self._processors is not None or self._penalty != 1.0
+
     def draw(self, logits: Tensor, step: Tensor) -> Tensor:
         """Give a token for each row, int64 [N], of capped logits [N, V].
 
