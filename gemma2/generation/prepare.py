@@ -47,6 +47,9 @@ _LARGEST_EXPONENT = 60.0
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
+# The same of beam search, with the values that say nothing.
+_BEAMS_ONLY = {"length_penalty": 1.0, "early_stopping": False}
+
 
 def prepare(
     model: GenerationMixin,
@@ -73,14 +76,6 @@ def prepare(
         Others: as `GenerationMixin.generate`.
     """
     options = _options(model, generation_config, named)
-    if not options.do_sample:
-        useless = [name for name in _SAMPLING_ONLY if named.get(name) is not None]
-        if useless and named.get("temperature") != 0:
-            warnings.warn(
-                f"generate: {', '.join(useless)} given, but do_sample is False: the most "
-                "probable token is taken each time; pass do_sample=True to sample",
-                stacklevel=3,
-            )
     functions = _functions("logits_processor", logits_processor)
     criteria = _functions("stopping_criteria", stopping_criteria)
     _check_tokenizer(options, tokenizer)
@@ -89,6 +84,7 @@ def prepare(
     prompts = Prompts.of(model, input_ids, inputs_embeds, attention_mask, options, device)
     prompt, rows, longest_prompt = prompts.shown(), prompts.rows, max(prompts.counts)
     new_tokens = _new_tokens(options, prompt.shape[1])
+    _point_out(options, named, new_tokens)
     beams = _beams(options, new_tokens)
     drafted = _check_drafting(model, assistant_model, options, prompts, device)
     if drafted and rows > 1 and (functions or criteria):
@@ -120,23 +116,20 @@ def prepare(
 
     ends = options.eos_token_ids
     pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
-    vocab = model.config.vocab_size
     record = None
     kept = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
     if kept and options.return_dict_in_generate:
-        record = Record(kept, rows, drafted + 1, vocab, device)
-    processors = Processors.of(options, prompt.shape[1], functions, vocab, device)
-    is_plain = processors.only_penalty and record is None and beams is None
+        record = Record(kept, rows, drafted + 1, model.config.vocab_size, device)
     columns = None
     if functions or criteria:
         columns = F.pad(prompt, (0, new_tokens + ahead), value=pad)
-    starts = prompts.lengths if prompts.are_tokens else torch.zeros_like(prompts.lengths)
+    processors = Processors.of(options, prompt.shape[1], functions, model.config.vocab_size, device)
     sampler = Sampler(
         options,
         seed,
         prompts.text(need + 1 + ahead) if processors.reads_text or drafted else None,
-        prompts.repeated(starts),
-        None if is_plain else processors,
+        prompts.starts(),
+        processors if record or beams or not processors.only_penalty else None,
         columns,
         prompt.shape[1],
     )
@@ -152,10 +145,11 @@ def prepare(
     packed = prompts.pack(cached)
     stops = None
     if options.stop_strings or criteria:
-        last = prompts.repeated(packed[0][:, -1]).tolist() if prompts.are_tokens else [None] * rows
         strings = None
         if options.stop_strings:
-            strings = StopStrings(options.stop_strings, tokenizer, last)
+            last = packed[0][:, -1].tolist() if prompts.are_tokens else [None] * len(prompts.counts)
+            before = [token for token in last for _ in range(prompts.repeats)]
+            strings = StopStrings(options.stop_strings, tokenizer, before)
         stops = Stops(strings, criteria, rows, sampler.columns)
     most = [count + new_tokens - 1 + ahead for count in prompts.counts]
     forgets = known is not None and will_forget(cache, most, prompts.counts)
@@ -212,16 +206,36 @@ def _options(
             f"generate: num_return_sequences is {texts}, num_beams is {beams}: there are only as "
             "many texts as beams"
         )
-    for name in ("output_scores", "output_logits"):
-        if getattr(options, name) and not options.return_dict_in_generate:
-            warnings.warn(
-                f"generate: {name} is True, but return_dict_in_generate is False: only the "
-                "sequences are given",
-                stacklevel=4,
-            )
     if named.get("max_length") is not None and named.get("max_new_tokens") is None:
         options.max_new_tokens = None  # what the call says goes before what a file says
     return options
+
+
+def _point_out(options: GenerationConfig, named: dict[str, Any], new_tokens: int) -> None:
+    """Warn of options that do not do what they seem to do."""
+    said = []
+    useless = [name for name in _SAMPLING_ONLY if named.get(name) is not None]
+    if useless and not options.do_sample and named.get("temperature") != 0:
+        said.append(
+            f"{', '.join(useless)} given, but do_sample is False: the most probable token is taken "
+            "each time; pass do_sample=True to sample"
+        )
+    useless = [name for name in _BEAMS_ONLY if named.get(name) not in (None, _BEAMS_ONLY[name])]
+    if useless and options.num_beams == 1:
+        said.append(
+            f"{', '.join(useless)} given, but num_beams is 1: there are no beams to compare"
+        )
+    if options.min_new_tokens is not None and options.min_new_tokens > new_tokens:
+        said.append(
+            f"min_new_tokens is {options.min_new_tokens}, but there are at most {new_tokens}"
+        )
+    for name in ("output_scores", "output_logits"):
+        if getattr(options, name) and not options.return_dict_in_generate:
+            said.append(
+                f"{name} is True, but return_dict_in_generate is False: only the sequences are given"
+            )
+    for text in said:
+        warnings.warn(f"generate: {text}", stacklevel=4)
 
 
 def _functions(name: str, given: Any) -> list[Callable[..., Any]]:

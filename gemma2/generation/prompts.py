@@ -84,9 +84,10 @@ class Prompts:
         both = zip(self.content.cpu(), mask.cpu(), strict=True)
         return [row[real].tolist() for row, real in both]
 
-    def repeated(self, values: Tensor) -> Tensor:
-        """Give values of the prompts, [B, ..], for the rows, [N, ..]."""
-        return values.repeat_interleave(self.repeats, dim=0)
+    def starts(self) -> Tensor:
+        """Give where new tokens begin in `text`, int64 [N]."""
+        tokens = self.lengths if self.are_tokens else torch.zeros_like(self.lengths)
+        return tokens.repeat_interleave(self.repeats)
 
     def pack(self, cached: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give the tokens after the first `cached` of each row, padded at the left, and their mask.
@@ -119,7 +120,7 @@ class Prompts:
                 known = known.masked_fill(~self.mask, -1).gather(1, self._tokens_first())
             known = known[:, :columns]
             text[:, : known.shape[1]] = known
-        return self.repeated(text)
+        return text.repeat_interleave(self.repeats, dim=0)
 
     def _tokens_first(self) -> Tensor:
         """Give the columns of each row, int64 [B, S], those of real tokens first."""

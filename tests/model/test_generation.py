@@ -310,6 +310,18 @@ def test_sampling_options_without_sampling_are_pointed_out(model):
     assert said[0].filename == __file__
 
 
+def test_options_that_have_nothing_to_work_on_are_pointed_out(model):
+    ids = tokens(1, 6)
+    with pytest.warns(UserWarning, match="length_penalty, early_stopping given, but num") as said:
+        model.generate(ids, max_new_tokens=2, length_penalty=2.0, early_stopping=True)
+    assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match="min_new_tokens is 5, but there are at most 2"):
+        model.generate(ids, max_new_tokens=2, min_new_tokens=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(ids, max_new_tokens=2, length_penalty=1.0, early_stopping=False)
+
+
 def test_a_high_repetition_penalty_repeats_nothing_of_prompt_and_text(model):
     ids, mask = padded([tokens(1, 4)[0], tokens(1, 9)[0]], "right")
     out = new_tokens(model, ids, 30, attention_mask=mask, repetition_penalty=1e6)

@@ -163,11 +163,13 @@ def test_rows_of_unequal_length_are_treated_as_if_alone(model):
         ({"min_length": 20, "min_new_tokens": 3}, 4),
     ],
 )
-@pytest.mark.parametrize("help", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "help", [{}, {"num_beams": 2, "early_stopping": True}, {"prompt_lookup_num_tokens": 3}]
+)
 def test_a_text_ends_no_sooner_and_no_later_than_allowed(model, help, least, new):
     """Nearly all tokens are ends, so that it ends as soon as it may."""
     ends = {"eos_token_id": list(range(3, 97)), "max_new_tokens": 12}
-    options = {"repetition_penalty": 0.5, "early_stopping": True, **ends, **help}
+    options = {"repetition_penalty": 0.5, **ends, **help}
     out = model.generate(tokens(1, 6), **options, **least)[0, 6:].tolist()
     assert len(out) == new
     assert max(out[:-1], default=0) < 3 <= out[-1]

@@ -230,6 +230,27 @@ def test_beams_that_contain_a_string_have_ended(model):
     assert min(lengths) < 15
 
 
+def test_what_a_beam_decodes_of_a_long_text_does_not_begin_with_the_prompt(model):
+    """The window's first token is not taken for the first one after the prompt."""
+    stop = StopStrings(["abc"], Pieces(), [0])
+    window = [4] * (stop.reach + 1)
+    seen = []
+
+    class Recording(Pieces):
+        def decode(self, ids, skip_special_tokens=True):
+            seen.append(list(ids))
+            return super().decode(ids)
+
+    model.generate(
+        tokens(1, 9), num_beams=2, max_new_tokens=stop.reach + 4, stop_strings=["zzz"],
+        tokenizer=Recording(), **NEVER,
+    )  # fmt: skip
+    assert max(map(len, seen)) == len(window), "at first the prompt's last token and all new ones"
+    first = int(tokens(1, 9)[0, -1])
+    steps = sum(len(ids) == len(window) and ids[0] == first for ids in seen)
+    assert steps <= 4, "one step, in which the new tokens are as many as are looked at"
+
+
 # ---- real tokenizers ----------------------------------------------------------------------------
 
 
