@@ -117,9 +117,7 @@ def _log_probs(model: Gemma2ForCausalLM, states: Tensor, targets: Tensor) -> Ten
     for first in range(0, len(targets), step):
         part = slice(first, first + step)
         logits = head(beside(states[part], head)).float()
-        if (
-            cap is not None
-        ):  # capped in float32: rounding to the model's dtype would be a second one
+        if cap is not None:  # in float32: in the model's dtype it would be rounded twice
             logits.div_(cap).tanh_().mul_(cap)
         chosen = targets[part].to(logits.device)[:, None]
         score = logits.gather(1, chosen)[:, 0] - logits.logsumexp(dim=1)
