@@ -17,6 +17,11 @@ from tests.model import factories
 
 pytest.importorskip("orbax.checkpoint", reason="the extra orbax is not installed")
 
+# Where the manifest is damaged, reads of the library end after its event loop, which it tells stderr.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(?s).*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
+
 SHAPES: dict[str, dict[str, Any]] = {
     "2b": {},
     "9b": {},
