@@ -29,7 +29,7 @@ from torch import Tensor
 from gemma2.config import Gemma2Config, default_layer_types
 from gemma2.convert.gguf_file import ALIGNMENT, File, Stored
 from gemma2.convert.gguf_tokenizer import add_tokenizer, read_tokenizer
-from gemma2.convert.source import Source, cast, check_tensors, hub_shapes
+from gemma2.convert.source import Source, cast, check_tensors, generation_of, hub_shapes
 from gemma2.convert.vocabulary import UnfaithfulError
 from gemma2.generation import GenerationConfig
 from gemma2.saving import bytes_of
@@ -209,8 +209,9 @@ class GGUFSource:
             else found[file_name(name)]
             for name, shape in shapes.items()
         }
-        embedding = file.tensors[_TOP[_EMBEDDING]]
-        self.dtype = _DENSE.get(embedding.kind_name, torch.bfloat16)
+        kinds = {stored.kind_name for stored in file.tensors.values()}
+        embedding = _DENSE.get(file.tensors[_TOP[_EMBEDDING]].kind_name)
+        self.dtype = embedding if embedding and kinds <= _DENSE.keys() else torch.bfloat16
         self.generation = self._generation()
 
     def _same(self, first: str, second: str) -> bool:
@@ -343,7 +344,7 @@ def _add_keys(writer: Any, source: Source, kind: str) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     add_tokenizer(writer, source)
-    special = source.generation if source.generation is not None else config
+    special = generation_of(source)
     ends = special.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     for number, add in (
