@@ -17,7 +17,7 @@ BUILD := $(PIP_INSTALL) --no-build-isolation
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint format emulator emulate cubins mutations second-torch bench gpu accuracy clean
+.PHONY: help demo test dev lint format emulator emulate cubins mutations sanitize fuzz soak second-torch bench gpu accuracy clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,17 @@ cubins: $(VENV)/.test-requirements dev  ## Registers, spills, occupancy and inst
 mutations: emulator dev  ## Break the model on purpose, one way at a time, and see the tests fail
 	$(BIN)/python -m tests.mutations
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cuda.barriers
+
+sanitize: $(VENV)/.test-requirements dev  ## CPU operators under AddressSanitizer and UBSan, fuzzed
+	$(BIN)/python -m tests.sanitize
+
+CASES ?= 10000
+fuzz: $(VENV)/.test-requirements dev  ## Damaged model folders of every format; CASES=200000 for a long campaign
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES)
+
+MINUTES ?= 60
+soak: $(VENV)/.test-requirements dev  ## Random use of long-lived caches for an hour, each step checked; MINUTES=5 for less
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 second-torch: dev  ## Run the operator tests of this build on another torch
 	$(BIN)/python -m tests.build.second_torch --torch "$(SECOND_TORCH)" --venv $(VENV)-second

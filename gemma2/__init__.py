@@ -23,12 +23,15 @@ _EXPORTS = {
     "Gemma2ForCausalLM": "gemma2.heads",
     "Gemma2ForSequenceClassification": "gemma2.heads",
     "Gemma2ForTokenClassification": "gemma2.heads",
+    "GenerateOutput": "gemma2.outputs",
     "GenerationConfig": "gemma2.generation",
     "TextStreamer": "gemma2.generation",
     "Tokenizer": "gemma2.tokenizer",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__", "ops", "reference", "tiny"]
+_MODULES = ("convert", "evaluation", "ops", "reference", "tiny")
+
+__all__ = [*sorted(_EXPORTS), "__version__", *_MODULES]
 
 if TYPE_CHECKING:  # `as`: names that type checkers see as exported
     from gemma2.cache import HybridCache as HybridCache
@@ -41,13 +44,14 @@ if TYPE_CHECKING:  # `as`: names that type checkers see as exported
     from gemma2.heads import Gemma2ForTokenClassification as Gemma2ForTokenClassification
     from gemma2.model import Gemma2Model as Gemma2Model
     from gemma2.model import Gemma2PreTrainedModel as Gemma2PreTrainedModel
+    from gemma2.outputs import GenerateOutput as GenerateOutput
     from gemma2.tokenizer import Tokenizer as Tokenizer
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in ("ops", "reference", "tiny"):
+    if name in _MODULES:
         return importlib.import_module(f"gemma2.{name}")
     raise AttributeError(f"module 'gemma2' has no attribute {name!r}")
 

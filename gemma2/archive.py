@@ -155,7 +155,7 @@ def _storages(content: bytes) -> list[tuple[str, str, int]]:
         for code, argument, _ in pickletools.genops(content):
             if code.name not in _OPCODES:
                 raise ValueError(f"the instruction {code.name}")
-            if code.name == "PROTO" and argument > pickle.HIGHEST_PROTOCOL:
+            if code.name == "PROTO" and int(argument or 0) > pickle.HIGHEST_PROTOCOL:
                 raise ValueError(f"a pickle of protocol {argument}")
             if code.name == "GLOBAL" and argument not in _GLOBALS:
                 raise ValueError(f"the global {str(argument)[:100]!r}")

@@ -481,9 +481,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes, text: str) -> None:
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(2**30)
-    with pytest.raises(
-        ValueError, match="the file has 1073741824 bytes: at most 2097152 are read"
-    ):
+    with pytest.raises(ValueError, match="the file has 1073741824 bytes: at most 2097152 are read"):
         Gemma2Config.from_pretrained(tmp_path)
 
 
