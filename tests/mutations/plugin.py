@@ -288,9 +288,9 @@ def drafts_unchecked() -> None:
 @fault
 def prefixes_not_compared() -> None:
     """A cache is gone on from, whatever the prompt begins with."""
-    from gemma2.generation import prepare
+    from gemma2.generation import prefix
 
-    prepare._common = lambda text, prompt: min(len(text), len(prompt) - 1)
+    prefix.common_prefix = lambda text, prompt: min(len(text), len(prompt))
 
 
 @fault
