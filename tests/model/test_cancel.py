@@ -188,7 +188,8 @@ def test_an_error_of_the_drafting_model_leaves_a_text_that_is_known(model, plain
     whole = [prompt + new for prompt, new in zip(prompts, written, strict=True)]
     for n in (1, 3, 8, 14):
         cache = HybridCache(plain.config, 2)
-        plain.generate(ids[:, :-5], past_key_values=cache, max_new_tokens=2, **NEVER)
+        earlier = {"attention_mask": mask[:, :-5], "max_new_tokens": 2, **NEVER}
+        plain.generate(ids[:, :-5], past_key_values=cache, **earlier)
         with model.model.layers[0].register_forward_hook(AtTheNthCall(n)), pytest.raises(StopError):
             plain.generate(ids, past_key_values=cache, assistant_model=model, **options)
         check_any_prompt(plain, cache, prompts, whole, n)
@@ -299,3 +300,23 @@ def test_logits_at_fault_leave_the_prompt(model, plain):
         model.generate(ids, past_key_values=cache, max_new_tokens=5, **NEVER)
     assert cache.text == ids.tolist()
     check_any_prompt(plain, cache, ids.tolist(), plain.generate(ids, **NEVER).tolist(), 0)
+
+
+def test_an_error_right_after_the_writes_of_a_long_chunk_empties_the_rows(plain):
+    """The sliding layer has lost what the full one would still go on from."""
+    before, cache = tokens(2, 200), HybridCache(plain.config, 3)
+    text = plain.generate(before, past_key_values=cache, max_new_tokens=2, **NEVER)
+    longer = torch.cat([text, tokens(2, 135, seed=2)], dim=1)
+    real = ops.cache_write
+
+    def ringing(*args):
+        real(*args)
+        raise StopError
+
+    with mock.patch.object(ops, "cache_write", ringing), pytest.raises(StopError):
+        plain.generate(longer, past_key_values=cache, max_new_tokens=2, **NEVER)
+    assert cache.lengths.tolist() == [0, 0, 0]
+    assert cache.text == [[], []]
+    options = {"max_new_tokens": 4, **NEVER}
+    out = plain.generate(text, past_key_values=cache, **options)
+    assert torch.equal(out, plain.generate(text, **options))
