@@ -264,10 +264,8 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     joined: list[tuple[float, list[tuple[str, str]]]] = []
     for i in rows:
         piece = vocabulary.pieces[i]
-        pairs = list(_splits(piece, normal))
+        pairs = list(_splits(piece, normal))[::-1]  # in the order of transformers
         if pairs:
-            # Of two that share a part in the middle, as in x y x y x, the left one comes first.
-            pairs.sort(key=lambda pair: not piece.startswith(pair[1]))
             joined.append((float(vocabulary.scores[i]), pairs))
     scores = [score for score, _ in joined]
     if not np.isfinite(scores).all() or len(set(scores)) != len(scores):

@@ -186,6 +186,12 @@ def test_the_tokenizer_of_transformers_for_gemma_goes_there_and_back(
     theirs = transformers.GemmaTokenizerFast(vocab_file=str(model), from_slow=True)
     theirs.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     source = through(tmp_path / "tokenizer.json", tmp_path)
+    merges, wanted = (
+        [tuple(pair) for pair in json.loads(file.read_text("utf-8"))["model"]["merges"]]
+        for file in (source.tokenizer[0], tmp_path / "tokenizer.json")
+    )
+    # it also joins bytes' names and user-defined pieces, which are never split in the first place
+    assert merges == [pair for pair in wanted if pair in set(merges)]
     found = Tokenizer.from_pretrained(source.tokenizer[0].parent)
     original = Tokenizer.from_pretrained(tmp_path)
     # It also differs from SentencePiece where the sign for a space is written in the text itself.
