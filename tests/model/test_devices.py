@@ -80,7 +80,7 @@ def test_the_stand_in_refuses_what_a_gpu_would_wait_for(gpus: Watch) -> None:
             wait(x[:1])
     with pytest.raises(Exception, match="same device"):
         x + torch.zeros(3, device=B)
-    with pytest.raises(AssertionError, match=r"gemma2::softcap|gemma2::rms_norm"):
+    with pytest.raises((AssertionError, ValueError), match=r"gemma2::softcap|rms_norm"):
         gemma2.ops.rms_norm(x, torch.zeros(3, device=B))
     assert x.cpu().device.type == CPU
     assert gpus.transfers == [(A, CPU)]
