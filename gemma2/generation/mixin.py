@@ -125,8 +125,9 @@ class GenerationMixin(nn.Module):
             past_key_values: a cache to use, left holding all but the last new token of each row.
                 If it holds tokens, input_ids is the whole text so far, of which only the
                 rest is read. A cache as `generate` left it knows its text: then what input_ids
-                begins with, too, is kept as far as the sliding layers reach back, and what they
-                do not is read again and counted in its `reprocessed`. Beams need B * num_beams
+                begins with, too, is kept as far as the sliding layers or snapshots of them (its
+                `keep_snapshots`) reach back, and what they do not is read again and counted in its
+                `reprocessed`. An exception leaves it with what has been read. Beams need B * num_beams
                 rows; row i is then left with as much of text i as a beam still held in the end.
                 None: a cache of the size needed, gone afterwards.
             prefill_chunk_size: prompt tokens read at a time, 2048 if None. Bounds the memory.

@@ -374,6 +374,7 @@ class Conversations(RuleBasedStateMachine):
         self.held = None
 
 
+@pytest.mark.slow
 class TestConversations(Conversations.TestCase):
     settings = settings(
         max_examples=25 if os.environ.get("HYPOTHESIS_PROFILE") != "soak" else 1000,
