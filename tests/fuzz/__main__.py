@@ -42,6 +42,9 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, default=ROOT / "build" / "fuzz", help="failing folders"
     )
+    limits = campaign.Limits()
+    parser.add_argument("--cpu", type=float, default=limits.cpu, help="seconds a case may compute")
+    parser.add_argument("--wall", type=float, default=limits.wall, help="seconds it may wait")
     given = parser.parse_args()
     readers = [name.strip() for name in given.readers.split(",")]
     unknown = [name for name in readers if name not in {**READERS, **PLANTED}]
@@ -56,7 +59,10 @@ def main() -> int:
     print(f"{len(numbers)} cases, seed {seed}", flush=True)
     given.keep.mkdir(parents=True, exist_ok=True)
     result, start = campaign.Result(), time.monotonic()
-    for number, outcome in campaign.run(seed, numbers, readers, given.processes, given.keep):
+    limits = campaign.Limits(given.cpu, given.wall)
+    for number, outcome in campaign.run(
+        seed, numbers, readers, given.processes, given.keep, limits
+    ):
         result.add(readers[number % len(readers)], number, outcome)
         if outcome.failed and len(result.failures) <= _SHOWN:
             again = f"--seed {seed} --case {number}"

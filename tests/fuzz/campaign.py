@@ -18,9 +18,15 @@ from tests.fuzz import samples, worker
 from tests.fuzz.readers import READERS, Case
 from tests.fuzz.worker import Outcome
 
-# A process at work may take this long with one case before it is killed: processor time, and time
-# on the wall for one that only waits.
-CPU_SECONDS, WALL_SECONDS = 10.0, 30.0
+
+@dataclass(frozen=True)
+class Limits:
+    """A process may take this long with one case before it is killed: processor time, and time on
+    the wall for one that only waits."""
+
+    cpu: float = 10.0
+    wall: float = 60.0
+
 
 # Where a process is forked, it has all modules at once.
 _FORK = multiprocessing.get_context("fork")
@@ -70,7 +76,6 @@ def _work(
         if name in READERS:
             worker.run(Case(name, READERS[name].healthy()[0], []), place)
     for number in numbers:
-        samples.remove(place)
         answers.send((number, worker.run(worker.make(seed, number, readers), place)))
 
 
@@ -78,6 +83,7 @@ class _Process:
     def __init__(self, seed: str, readers: list[str], numbers: range, place: Path) -> None:
         self.numbers, self.log = numbers, place.with_suffix(".log")
         self.done = 0
+        self.ended = False  # before it was through
         self.answers, end = _FORK.Pipe(duplex=False)
         self.log.write_bytes(b"")
         arguments = (seed, readers, numbers, place, end, self.log)
@@ -101,10 +107,10 @@ class _Process:
         """The case that is at work."""
         return self.numbers[self.done]
 
-    def overdue(self) -> str | None:
-        if self._cpu() - self.cpu > CPU_SECONDS:
+    def overdue(self, limits: Limits) -> str | None:
+        if self._cpu() - self.cpu > limits.cpu:
             return "HANG"
-        return "WAITS" if time.monotonic() - self.since > WALL_SECONDS else None
+        return "WAITS" if time.monotonic() - self.since > limits.wall else None
 
     def end(self) -> str:
         self.process.kill()
@@ -114,7 +120,12 @@ class _Process:
 
 
 def run(
-    seed: str, numbers: range, readers: list[str], processes: int, keep: Path | None = None
+    seed: str,
+    numbers: range,
+    readers: list[str],
+    processes: int,
+    keep: Path | None = None,
+    limits: Limits = Limits(),
 ) -> Iterator[tuple[int, Outcome]]:
     """Run the cases `numbers`; give each with its outcome. Failing ones are written to `keep`."""
     scratch = Path(tempfile.mkdtemp(prefix="gemma2-fuzz-"))
@@ -139,8 +150,9 @@ def run(
                     process.end()
                     at_work[i] = None
                     continue
-                kind = process.overdue()
-                if kind is None and not process.process.is_alive() and not process.answers.poll():
+                kind = process.overdue(limits)
+                if process.ended:
+                    process.process.join()
                     kind = f"CRASH {process.process.exitcode}"
                 if kind is not None:
                     number = process.number
@@ -162,8 +174,8 @@ def _answers(process: _Process) -> Iterator[tuple[int, Outcome]]:
             process.done += 1
             process.begin()
             yield answer
-    except (EOFError, OSError):  # the process is gone; whoever asks sees that
-        return
+    except (EOFError, OSError):
+        process.ended = True
 
 
 def _keep(seed: str, number: int, readers: list[str], outcome: Outcome, place: Path) -> None:

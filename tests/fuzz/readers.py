@@ -205,6 +205,10 @@ def _allocates(folder: Path) -> None:
     _hoard.clear()
 
 
+def _takes_address_space(folder: Path) -> None:
+    torch.empty(2**36, dtype=torch.uint8)
+
+
 def _crashes(folder: Path) -> None:
     import ctypes
 
@@ -229,6 +233,7 @@ PLANTED: dict[str, Reader] = {
         "hang": _hangs,
         "wait": _waits,
         "memory": _allocates,
+        "space": _takes_address_space,
         "crash": _crashes,
         "nameless": _leaves_a_name_out,
         "wrong": _gives_wrong_weights,

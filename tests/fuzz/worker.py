@@ -65,6 +65,7 @@ def _status(field: str) -> int:
 
 def run(case: Case, place: Path) -> Outcome:
     """Write the case's folder to `place`, read it, remove it, and judge."""
+    samples.remove(place)
     size = samples.write(case.folder, place)
     read = {**READERS, **PLANTED}[case.reader].read
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
