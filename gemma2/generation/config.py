@@ -102,7 +102,10 @@ def _integer(name: str, value: object, wanted: str, least: int = 0) -> int:
 def _real(name: str, value: object, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(_error(name, value, wanted))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(_error(name, value, wanted))
     return number
