@@ -491,7 +491,9 @@ class HybridCache:
                 return
         while len(self._kept) >= self.keep_snapshots:  # before more memory is taken
             others = [old for old in self._kept if not old.is_of_beginning(now)]
-            self._kept.remove((others or self._kept)[0])
+            dropped = (others or self._kept)[0]
+            self._kept.remove(dropped)
+            self._snapshots.add(dropped)  # follows its rows for who is about to go back to it
         self._kept.append(take(self))
 
     def snapshots(self) -> list[CacheSnapshot]:

@@ -242,6 +242,16 @@ def test_snapshots_follow_their_rows_when_these_are_reordered(model):
     assert cache.reprocessed == 0
 
 
+def test_a_snapshot_that_makes_room_for_another_is_gone_back_to_for_the_last_time(model):
+    cache = new_cache(rows=2, keep=1)
+    first = said(200, 0)
+    ids, mask = batch([first, said(150, 1)])
+    out, _ = read_by(model, ids, cache, **mask)
+    # the end of row 0 takes the place of the snapshot that row 1 wants, in another row of it
+    ids, mask = batch([joined(out[:1], said(9, 2)), joined(first, said(5, 3))])
+    assert read_by(model, ids, cache, **mask)[1] == 1 + 9 + 5
+
+
 def test_a_prompt_goes_on_from_whichever_row_holds_it(model):
     """The usual way with several samples: one of them is gone on with."""
     cache = new_cache(rows=4, keep=3)
