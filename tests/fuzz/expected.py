@@ -62,12 +62,19 @@ def safetensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Give a record's bytes, whatever their checksum."""
+    with archive.open(name) as record:
+        record._expected_crc = None  # type: ignore[attr-defined]
+        return record.read()
+
+
 class _Reader(pickle.Unpickler):
     """Knows only what a dictionary of tensors is made of, and calls nothing of torch."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str, raw: bytes) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root, self.raw = archive, root, raw
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(io.BytesIO(_content(archive, f"{root}/data.pkl")))
+        self.archive, self.root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[str, Callable[..., Any]] = {
@@ -79,13 +86,11 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count = pid
-        info = self.archive.getinfo(f"{self.root}/data/{key}")
-        with self.archive.open(info) as record:
-            record._expected_crc = None  # type: ignore[attr-defined]
-            content = record.read()
+        content = _content(self.archive, f"{self.root}/data/{key}")
         dtype = _STORAGES[kind]
         order = f"{self.root}/byteorder"
-        order = self.archive.read(order).decode() if order in self.archive.namelist() else "little"
+        known = order in self.archive.namelist()
+        order = _content(self.archive, order).decode() if known else "little"
         numbers = np.frombuffer(content, dtype=_NUMPY[dtype])[:count]
         return (numbers.byteswap() if order == "big" else numbers), dtype
 
@@ -101,7 +106,7 @@ class _Reader(pickle.Unpickler):
 def pickled(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return _Reader(archive, name.removesuffix("/data.pkl"), b"").load()
+        return _Reader(archive, name.removesuffix("/data.pkl")).load()
 
 
 def hub(folder: Path) -> dict[str, Tensor]:
