@@ -391,7 +391,12 @@ GENERATE: Calls = {
         TypeError,
         "max_new_token.*max_new_tokens",
     ),
-    "beams": (lambda m, c: m.generate(IDS, num_beams=4), ValueError, "num_beams is 4"),
+    "beams": (lambda m, c: m.generate(IDS, num_beams=0), ValueError, "num_beams is 0"),
+    "more_texts_than_beams": (
+        lambda m, c: m.generate(IDS, num_beams=2, num_return_sequences=3),
+        ValueError,
+        "num_return_sequences is 3",
+    ),
     "several_greedy_texts": (
         lambda m, c: m.generate(IDS, num_return_sequences=2),
         ValueError,

@@ -26,7 +26,9 @@ Tensor indices(const char* name, const Tensor& t, std::initializer_list<int64_t>
     check(false, kOp, ": ", name, " has shape ", shape_of(t), ": ", layout, " = [", wanted.str(),
           "] is wanted");
   }
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const Tensor dense = dense_of(kOp, name, t);
+  check_positions(kOp, name, dense);
+  return dense;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -65,10 +67,11 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   check_dense_last(kOp, "q", q);
   check_dense_last(kOp, "k", k);
   check_dense_last(kOp, "v", v);
-  check(std::isfinite(scale), kOp, ": scale is ", scale, ": a finite number is wanted");
-  check(std::isfinite(softcap) && softcap >= 0, kOp, ": softcap is ", softcap,
-        ": a positive number is wanted, or 0 for none");
-  check(window >= 0, kOp, ": window is ", window, ": a positive number is wanted, or 0 for none");
+  check(is_finite_float(scale), kOp, ": scale is ", scale, ": a finite float32 number is wanted");
+  check(softcap == 0 || is_positive_float(softcap), kOp, ": softcap is ", softcap,
+        ": a positive finite float32 number is wanted, or 0 for none");
+  check(window >= 0 && window <= kFarthest, kOp, ": window is ", window,
+        ": a positive number up to 2^62 is wanted, or 0 for none");
   const Tensor starts = indices("q_start", q_start, {batch}, "[B]", q);
   const Tensor lengths = indices("kv_len", kv_len, {batch}, "[B]", q);
   std::optional<Tensor> documents, bases;
@@ -77,9 +80,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
   // Laid out as [B, Sq, Hq, D], so that the output projection reads it without
   // a copy.
-  Tensor storage = torch::stable::new_empty(q, {batch, q_length, q_heads, head_dim});
+  Tensor storage = new_result(kOp, q, {batch, q_length, q_heads, head_dim}, q.scalar_type());
   Tensor out = torch::stable::transpose(storage, 1, 2);
-  Tensor lse = torch::stable::new_empty(q, {batch, q_heads, q_length}, ScalarType::Float);
+  Tensor lse = new_result(kOp, q, {batch, q_heads, q_length}, ScalarType::Float);
   const AttentionParams params = {
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),

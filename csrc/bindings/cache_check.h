@@ -19,7 +19,9 @@ inline Tensor row_indices(const char* op, const char* name, const Tensor& t, con
   check_dtype(op, name, t, ScalarType::Long);
   check(t.dim() == 1 && t.size(0) == batch, op, ": ", name, " has shape ", shape_of(t), ": [B] = [",
         batch, "] is wanted");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const Tensor dense = dense_of(op, name, t);
+  check_positions(op, name, dense);
+  return dense;
 }
 
 inline void check_cache(const char* op, const char* name, const Tensor& cache, const Tensor& k) {
@@ -32,6 +34,12 @@ inline void check_cache(const char* op, const char* name, const Tensor& cache, c
   for (int64_t i = 0; i < 3; ++i)
     check(cache.stride(i) != 0 || cache.size(i) <= 1, op, ": ", name, " is expanded in dimension ",
           i, ": memory of its own for every element is wanted");
+}
+
+inline void check_apart_from_caches(const char* op, const char* name, const Tensor& t,
+                                    const Tensor& k_cache, const Tensor& v_cache) {
+  check_apart(op, "k_cache", k_cache, name, t);
+  check_apart(op, "v_cache", v_cache, name, t);
 }
 
 inline CacheWriteArguments cache_arguments(const char* op, const Tensor& k_cache,
@@ -53,6 +61,10 @@ inline CacheWriteArguments cache_arguments(const char* op, const Tensor& k_cache
         " slots, v_cache has ", v_cache.size(2), ": they must be the same");
   const DType cache_dtype = float_dtype(op, "k_cache", k_cache);
   check_same_dtype(op, "k_cache", k_cache, "v_cache", v_cache);
+  check(k_cache.numel() == 0 || k_cache.const_data_ptr() != v_cache.const_data_ptr(), op,
+        ": k_cache and v_cache begin at the same memory: one for each is wanted");
+  check_apart_from_caches(op, "k", k, k_cache, v_cache);
+  check_apart_from_caches(op, "v", v, k_cache, v_cache);
 
   CacheWriteArguments out;
   out.q_start = row_indices(op, "q_start", q_start, k);

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
+#include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -129,18 +131,89 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
 
 inline Strides3 strides3(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
+// A number that the kernels take as float32, finite there too.
+inline bool is_finite_float(double x) { return std::isfinite(static_cast<float>(x)); }
+// The same, and above 0 there.
+inline bool is_positive_float(double x) { return is_finite_float(x) && static_cast<float>(x) > 0; }
+
+// Positions and lengths are added and subtracted, which must not overflow. Only on the CPU: on
+// CUDA, to look at them here, the host would have to wait; there they read and write no wrong
+// memory.
+constexpr int64_t kFarthest = int64_t{1} << 62;
+inline void check_positions(const char* op, const char* name, const Tensor& dense) {
+  if (!dense.is_cpu()) return;
+  const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
+  for (int64_t i = 0, n = dense.numel(); i < n; ++i)
+    check(values[i] >= -kFarthest && values[i] <= kFarthest, op, ": ", name, " holds ", values[i],
+          ": numbers from -2^62 to 2^62 are wanted");
+}
+
+// The bytes from a tensor's first element to its last.
+struct Extent {
+  uintptr_t begin, end;
+};
+inline Extent extent_of(const Tensor& t, int64_t element_size) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return {begin, begin};
+    if (sizes[i] > 1) last += (sizes[i] - 1) * strides[i];
+  }
+  return {begin, begin + (last + 1) * element_size};
+}
+inline int64_t element_size(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float ? 4 : 2;
+}
+
+// What an operator writes to must be apart from what it reads meanwhile. Both are of a float dtype.
+inline void check_apart(const char* op, const char* out_name, const Tensor& out, const char* name,
+                        const Tensor& t) {
+  const Extent a = extent_of(out, element_size(out)), b = extent_of(t, element_size(t));
+  check(a.end <= b.begin || b.end <= a.begin || a.begin == a.end || b.begin == b.end, op, ": ",
+        name, " and ", out_name, ", which is written to, share memory: pass a copy (", name,
+        ".clone())");
+}
+
+// torch's own text would be lost on the way here (stable ABI), so this says what could not be had.
+inline Tensor new_result(const char* op, const Tensor& like,
+                         torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {
+    std::ostringstream text;
+    for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+    throw std::runtime_error(std::string(op) + ": torch cannot allocate the result, [" +
+                             text.str() + "] of " + dtype_name(dtype) + ": out of memory?");
+  }
+}
+// The tensor itself where it is dense, else a copy.
+inline Tensor dense_of(const char* op, const char* name, const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    std::ostringstream text;
+    text << op << ": " << name << " of shape " << shape_of(t)
+         << " is not contiguous, and torch cannot allocate a copy: out of memory?";
+    throw std::runtime_error(text.str());
+  }
+}
+
 // Rows of a tensor whose leading dimensions fold into one stride: [.., n] -> [rows, n].
 struct Rows {
   int64_t rows, stride;
   Tensor tensor;  // keeps a copy alive where one was needed
 };
-inline Rows as_rows(const Tensor& t) {
+inline Rows as_rows(const char* op, const char* name, const Tensor& t) {
   const int64_t n = t.size(t.dim() - 1);
   int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  for (int64_t i = 0; i + 1 < t.dim(); ++i)
+    check(!__builtin_mul_overflow(rows, t.size(i), &rows), op, ": ", name, " has shape ",
+          shape_of(t), ": fewer than 2^63 rows are wanted");
   if (t.is_contiguous()) return {rows, n, t};
   if (t.dim() == 2 && t.stride(1) == 1) return {rows, t.stride(0), t};
-  return {rows, n, torch::stable::contiguous(t)};
+  return {rows, n, dense_of(op, name, t)};
 }
 
 }  // namespace gemma2

@@ -35,9 +35,9 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   check_dim(op, "weight", weight, 2, "[V, H]");
   const DType dtype = float_dtype(op, "weight", weight);
   check_dense_last(op, "weight", weight);
-  check(std::isfinite(scale), op, ": scale is ", scale, ": a finite number is wanted");
+  check(is_finite_float(scale), op, ": scale is ", scale, ": a finite float32 number is wanted");
 
-  const Tensor dense = torch::stable::contiguous(ids);
+  const Tensor dense = dense_of(op, "ids", ids);
   const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
   const int64_t tokens = dense.numel(), rows = weight.size(0), hidden = weight.size(1);
   // On CUDA the kernel stops at such an id: to look at them here, the host would have to wait.
@@ -48,8 +48,7 @@ Tensor embed(const Tensor& ids, const Tensor& weight, double scale) {
   std::vector<int64_t> shape(ids.sizes().begin(), ids.sizes().end());
   shape.push_back(hidden);
   const bool narrow = dtype == DType::bf16;
-  Tensor out =
-      torch::stable::new_empty(weight, shape, narrow ? ScalarType::BFloat16 : ScalarType::Float);
+  Tensor out = new_result(op, weight, shape, narrow ? ScalarType::BFloat16 : ScalarType::Float);
   const EmbedParams params = {
       .ids = values,
       .weight = weight.const_data_ptr(),

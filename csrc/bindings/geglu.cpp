@@ -16,8 +16,8 @@ Tensor geglu(const Tensor& gate, const Tensor& up) {
   const DType dtype = float_dtype(op, "gate", gate);
   check_same_dtype(op, "gate", gate, "up", up);
 
-  const Rows gate_rows = as_rows(gate), up_rows = as_rows(up);
-  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  const Rows gate_rows = as_rows(op, "gate", gate), up_rows = as_rows(op, "up", up);
+  Tensor out = new_result(op, gate, gate.sizes(), gate.scalar_type());
   const GegluParams params = {
       .gate = gate_rows.tensor.const_data_ptr(),
       .up = up_rows.tensor.const_data_ptr(),

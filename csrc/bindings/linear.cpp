@@ -21,11 +21,11 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   check_same_dtype(op, "x", x, "weight", weight);
   check_dense_last(op, "weight", weight);
 
-  const Rows rows = as_rows(x);
+  const Rows rows = as_rows(op, "x", x);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(weight.size(0));
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = new_result(op, x, shape, x.scalar_type());
   const LinearParams params = {
       .x = rows.tensor.const_data_ptr(),
       .weight = weight.const_data_ptr(),

@@ -23,9 +23,9 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const DType x_dtype = float_dtype(op, "x", x);
   const DType weight_dtype = float_dtype(op, "weight", weight);
 
-  const Rows rows = as_rows(x);
-  const Tensor dense_weight = torch::stable::contiguous(weight);
-  Tensor out = torch::stable::new_empty(x, x.sizes(), weight.scalar_type());
+  const Rows rows = as_rows(op, "x", x);
+  const Tensor dense_weight = dense_of(op, "weight", weight);
+  Tensor out = new_result(op, x, x.sizes(), weight.scalar_type());
   const RmsNormParams params = {
       .x = rows.tensor.const_data_ptr(),
       .weight = dense_weight.const_data_ptr(),
@@ -54,14 +54,20 @@ Tensor run_add_rms_norm(const char* op, const Tensor& residual, const Tensor& x,
   const DType x_dtype = float_dtype(op, "x", x);
   const DType weight_dtype = float_dtype(op, "post_weight", post);
   check_same_dtype(op, "post_weight", post, "pre_weight", pre);
-  if (in_place) check_contiguous(op, "residual", residual);
+  if (in_place) {
+    check_contiguous(op, "residual", residual);
+    check_apart(op, "residual", residual, "x", x);
+    check_apart(op, "residual", residual, "post_weight", post);
+    check_apart(op, "residual", residual, "pre_weight", pre);
+  }
 
-  const Tensor dense_residual = torch::stable::contiguous(residual);
-  const Rows rows = as_rows(x);
-  const Tensor dense_post = torch::stable::contiguous(post);
-  const Tensor dense_pre = torch::stable::contiguous(pre);
-  residual_out = in_place ? residual : torch::stable::new_empty(residual, residual.sizes());
-  Tensor y = torch::stable::new_empty(x, x.sizes(), post.scalar_type());
+  const Tensor dense_residual = dense_of(op, "residual", residual);
+  const Rows rows = as_rows(op, "x", x);
+  const Tensor dense_post = dense_of(op, "post_weight", post);
+  const Tensor dense_pre = dense_of(op, "pre_weight", pre);
+  residual_out =
+      in_place ? residual : new_result(op, residual, residual.sizes(), residual.scalar_type());
+  Tensor y = new_result(op, x, x.sizes(), post.scalar_type());
   const AddRmsNormParams params = {
       .residual = dense_residual.const_data_ptr(),
       .x = rows.tensor.const_data_ptr(),

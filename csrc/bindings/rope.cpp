@@ -18,7 +18,7 @@ Tensor table(const char* op, const char* name, const Tensor& t, const Tensor& q)
         op, ": ", name, " has shape ", shape_of(t), ", q has shape ", shape_of(q),
         ": [B or 1, S, D/2] is wanted");
   const bool dense_rows = t.stride(2) == 1 && t.stride(1) == half;
-  return dense_rows ? t : torch::stable::contiguous(t);
+  return dense_rows ? t : dense_of(op, name, t);
 }
 
 // Checked arguments, with the tensors that the pointers in `params` need alive.
@@ -49,11 +49,11 @@ RopeArguments rope_arguments(const char* op, const Tensor& q, const Tensor& k, c
         ", sin has shape ", shape_of(sin), ": they must be the same");
   const bool per_row = out.cos.size(0) > 1;
   if (per_row && out.cos.stride(0) != out.sin.stride(0)) {
-    out.cos = torch::stable::contiguous(out.cos);
-    out.sin = torch::stable::contiguous(out.sin);
+    out.cos = dense_of(op, "cos", out.cos);
+    out.sin = dense_of(op, "sin", out.sin);
   }
-  out.q_out = torch::stable::new_empty(q, q.sizes());
-  if (keep_k) out.k_out = torch::stable::new_empty(k, k.sizes());
+  out.q_out = new_result(op, q, q.sizes(), q.scalar_type());
+  if (keep_k) out.k_out = new_result(op, k, k.sizes(), k.scalar_type());
   out.params = {
       .q = q.const_data_ptr(),
       .k = k.const_data_ptr(),
@@ -90,6 +90,9 @@ Tensor rope_cache(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   const CacheWriteArguments cache =
       cache_arguments("rope_cache", k_cache, v_cache, k, v, q_start, kv_len, k_base);
   const RopeArguments arguments = rope_arguments("rope_cache", q, k, cos, sin, false);
+  check_apart_from_caches("rope_cache", "q", q, k_cache, v_cache);
+  check_apart_from_caches("rope_cache", "cos", cos, k_cache, v_cache);
+  check_apart_from_caches("rope_cache", "sin", sin, k_cache, v_cache);
   run(
       "rope_cache", q, [](const auto& kernels) { return kernels.rope_cache; }, arguments.params,
       cache.params);

@@ -16,7 +16,7 @@ Tensor checked_history(const Tensor& history, const Tensor& logits) {
   check_dtype(kOp, "history", history, ScalarType::Long);
   check(history.dim() == 2 && history.size(0) == logits.size(0), kOp, ": history has shape ",
         shape_of(history), ", logits has shape ", shape_of(logits), ": [B, L] is wanted");
-  const Tensor dense = torch::stable::contiguous(history);
+  const Tensor dense = dense_of(kOp, "history", history);
   const int64_t* tokens = static_cast<const int64_t*>(dense.const_data_ptr());
   // On CUDA the kernel stops at such a token: to look at them here, the host would have to wait.
   for (int64_t i = 0; logits.is_cpu() && i < dense.numel(); ++i)
@@ -38,20 +38,20 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& history, int64_
   check_dtype(kOp, "step", step, ScalarType::Long);
   check(step.dim() == 0 || (step.dim() == 1 && step.size(0) == batch), kOp, ": step has shape ",
         shape_of(step), ": a scalar is wanted, or [B] = [", batch, "]");
-  check(std::isfinite(temperature) && temperature >= 0, kOp, ": temperature is ", temperature,
+  check(is_finite_float(temperature) && temperature >= 0, kOp, ": temperature is ", temperature,
         ": a number >= 0 is wanted (0 is greedy)");
   check(temperature == 0 || temperature >= 1e-30, kOp, ": temperature is ", temperature,
         ": too small for float32; 0 is greedy");
   check(top_k >= 0, kOp, ": top_k is ", top_k, ": a number >= 0 is wanted (0 keeps all)");
   check(top_p > 0 && top_p <= 1, kOp, ": top_p is ", top_p, ": 0 < top_p <= 1 is wanted");
   check(min_p >= 0 && min_p <= 1, kOp, ": min_p is ", min_p, ": 0 <= min_p <= 1 is wanted");
-  check(std::isfinite(repetition_penalty) && repetition_penalty > 0, kOp,
-        ": repetition_penalty is ", repetition_penalty, ": a positive number is wanted");
+  check(is_positive_float(repetition_penalty), kOp, ": repetition_penalty is ", repetition_penalty,
+        ": a positive finite float32 number is wanted");
   Tensor tokens;
   if (history) tokens = checked_history(*history, logits);
 
-  const Rows rows = as_rows(logits);
-  Tensor out = torch::stable::new_empty(logits, {batch}, ScalarType::Long);
+  const Rows rows = as_rows(kOp, "logits", logits);
+  Tensor out = new_result(kOp, logits, {batch}, ScalarType::Long);
   int64_t* chosen = static_cast<int64_t*>(out.mutable_data_ptr());
   const SampleParams params = {
       .logits = rows.tensor.const_data_ptr(),

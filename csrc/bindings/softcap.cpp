@@ -11,10 +11,10 @@ namespace {
 Tensor softcap(const Tensor& x, double cap) {
   check_device("softcap", "x", x);
   const DType dtype = float_dtype("softcap", "x", x);
-  check(std::isfinite(cap) && cap > 0, "softcap: cap is ", cap,
-        ": a positive finite number is wanted");
-  const Tensor dense = torch::stable::contiguous(x);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  check(is_positive_float(cap), "softcap: cap is ", cap,
+        ": a positive finite float32 number is wanted");
+  const Tensor dense = dense_of("softcap", "x", x);
+  Tensor out = new_result("softcap", x, x.sizes(), x.scalar_type());
   const SoftcapParams params = {
       .x = dense.const_data_ptr(),
       .out = out.mutable_data_ptr(),

@@ -36,9 +36,11 @@ GEMMA2_HOST_DEVICE static inline KeyRange visible_keys(int64_t p, int64_t kv_len
   return {lo, hi};
 }
 
-// Slot of position p in a buffer of `capacity` slots whose slot 0 holds k_base (0 for a ring).
+// Slot of position p >= k_base in a buffer of `capacity` slots whose slot 0 holds k_base (0 for a
+// ring). The difference fits in 64 bits without a sign, whatever the two are.
 GEMMA2_HOST_DEVICE static inline int64_t slot_of(int64_t p, int64_t k_base, int64_t capacity) {
-  return (p - k_base) % capacity;
+  const uint64_t ahead = static_cast<uint64_t>(p) - static_cast<uint64_t>(k_base);
+  return static_cast<int64_t>(ahead % static_cast<uint64_t>(capacity));
 }
 // The same for a kernel that reads.
 GEMMA2_HOST_DEVICE static inline int64_t read_slot(int64_t p, int64_t k_base, int64_t capacity) {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,6 +52,33 @@ cuda_status = _load_cuda()
 
 # The compiled operators, which every face calls through this namespace.
 library = torch.ops.gemma2
+
+
+def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function the fake kernel of an operator, for arguments that are all on one device.
+
+    torch calls it, too, where only some tensors are on the device "meta", whose result would be
+    memory that nobody has written.
+    """
+
+    def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(fake)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            named = signature.bind(*args, **kwargs).arguments
+            tensors = [(n, t) for n, t in named.items() if isinstance(t, torch.Tensor)]
+            (first, like), *rest = tensors
+            for name, tensor in rest:
+                if tensor.device != like.device:
+                    raise ValueError(
+                        f"{op}: {name} is on {tensor.device}, {first} is on {like.device}: they "
+                        "must be on the same device"
+                    )
+            return fake(*args, **kwargs)
+
+        return torch.library.register_fake(f"gemma2::{op}", checked)
+
+    return decorate
 
 
 def refuse_gradients(op: str, **tensors: torch.Tensor | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma2 import reference
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 _NATIVE_HEAD_DIMS = (64, 128, 256)
 _warned: set[str] = set()
@@ -138,7 +138,7 @@ def _attention_by_reference(
     )
 
 
-@torch.library.register_fake("gemma2::attention")
+@register_fake("attention")
 def _(
     q: Tensor,
     k: Tensor,
@@ -160,7 +160,7 @@ def _(
     return out, q.new_empty((batch, q_heads, q_length), dtype=torch.float32)
 
 
-@torch.library.register_fake("gemma2::attention_backward")
+@register_fake("attention_backward")
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,

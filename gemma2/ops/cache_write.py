@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gemma2.ops._library import library, refuse_gradients
+from gemma2.ops._library import library, refuse_gradients, register_fake
 
 
 def cache_write(
@@ -40,7 +39,7 @@ def cache_write(
     library.cache_write(k_cache, v_cache, k, v, q_start, kv_len, k_base)
 
 
-@torch.library.register_fake("gemma2::cache_write")
+@register_fake("cache_write")
 def _(
     k_cache: Tensor,
     v_cache: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 
 def embed(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
@@ -36,7 +36,7 @@ def _out_dtype(weight: Tensor) -> torch.dtype:
     return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
 
 
-@torch.library.register_fake("gemma2::embed")
+@register_fake("embed")
 def _(ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     return weight.new_empty((*ids.shape, weight.shape[1]), dtype=_out_dtype(weight))
 

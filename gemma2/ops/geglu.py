@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     return library.geglu(gate, up)
 
 
-@torch.library.register_fake("gemma2::geglu")
+@register_fake("geglu")
 def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 

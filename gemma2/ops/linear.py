@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma2 import _C
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 
 def _torch_from_rows() -> dict[torch.dtype, int]:
@@ -87,7 +87,7 @@ def _torch_is_faster(x: Tensor, weight: Tensor, cuda: bool) -> bool:
     return from_rows is not None and x.numel() >= from_rows * x.shape[-1]
 
 
-@torch.library.register_fake("gemma2::linear")
+@register_fake("linear")
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library, refuse_gradients
+from gemma2.ops._library import library, refuse_gradients, register_fake
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -68,19 +68,19 @@ def add_rms_norm_(
     return library.add_rms_norm_(residual, x, post_weight, pre_weight, eps)
 
 
-@torch.library.register_fake("gemma2::rms_norm")
+@register_fake("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=weight.dtype)
 
 
-@torch.library.register_fake("gemma2::add_rms_norm")
+@register_fake("add_rms_norm")
 def _(
     residual: Tensor, x: Tensor, post_weight: Tensor, pre_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return residual.new_empty(residual.shape), x.new_empty(x.shape, dtype=post_weight.dtype)
 
 
-@torch.library.register_fake("gemma2::add_rms_norm_")
+@register_fake("add_rms_norm_")
 def _(residual: Tensor, x: Tensor, post_weight: Tensor, pre_weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape, dtype=post_weight.dtype)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library, refuse_gradients
+from gemma2.ops._library import library, refuse_gradients, register_fake
 
 
 def rope_table(
@@ -96,12 +96,12 @@ def rope_cache(
     return library.rope_cache(q, k, v, cos, sin, k_cache, v_cache, q_start, kv_len, k_base)
 
 
-@torch.library.register_fake("gemma2::rope")
+@register_fake("rope")
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.register_fake("gemma2::rope_cache")
+@register_fake("rope_cache")
 def _(
     q: Tensor,
     k: Tensor,

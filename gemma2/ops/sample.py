@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 
 def sample(
@@ -64,7 +64,7 @@ def sample(
     )
 
 
-@torch.library.register_fake("gemma2::sample")
+@register_fake("sample")
 def _(
     logits: Tensor,
     history: Tensor | None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma2.ops._library import library
+from gemma2.ops._library import library, register_fake
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
@@ -28,7 +28,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return library.softcap(x, cap)
 
 
-@torch.library.register_fake("gemma2::softcap")
+@register_fake("softcap")
 def _(x: Tensor, cap: float) -> Tensor:
     return x.new_empty(x.shape)
 

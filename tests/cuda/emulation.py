@@ -39,7 +39,7 @@ class Landing(enum.IntEnum):
     EARLY = 1
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -49,13 +49,13 @@ def _tool(name: str) -> str:
 
 def build() -> Path:
     """Builds the emulator with the kernels, or brings it up to date; gives the library's path."""
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     for command in (
         [
-            _tool("cmake"), "-S", str(SOURCE), "-B", str(BUILD),
+            tool("cmake"), "-S", str(SOURCE), "-B", str(BUILD),
             "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *generator,
         ],
-        [_tool("cmake"), "--build", str(BUILD), "--parallel", str(os.cpu_count() or 1)],
+        [tool("cmake"), "--build", str(BUILD), "--parallel", str(os.cpu_count() or 1)],
     ):  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:

@@ -96,7 +96,7 @@ BAD = [
     (lambda i, w: ops.embed(i, w[0], 1.0), "weight has shape [40]: [V, H] is wanted"),
     (lambda i, w: ops.embed(i, w.double(), 1.0), "weight is float64: float32, bfloat16 or float16"),
     (lambda i, w: ops.embed(i, w.T, 1.0), "weight has stride 40 in its last dimension"),
-    (lambda i, w: ops.embed(i, w, float("inf")), "scale is inf: a finite number is wanted"),
+    (lambda i, w: ops.embed(i, w, float("inf")), "scale is inf: a finite float32 number is wanted"),
 ]
 
 

@@ -70,8 +70,8 @@ def test_opcheck(requires_grad):
 
 
 BAD = [
-    (lambda x: ops.softcap(x, 0.0), "cap is 0: a positive finite number is wanted"),
-    (lambda x: ops.softcap(x, -1.0), "cap is -1: a positive finite number is wanted"),
+    (lambda x: ops.softcap(x, 0.0), "cap is 0: a positive finite float32 number is wanted"),
+    (lambda x: ops.softcap(x, -1.0), "cap is -1: a positive finite float32 number is wanted"),
     (lambda x: ops.softcap(x, float("nan")), "cap is nan"),
     (lambda x: ops.softcap(x, float("inf")), "cap is inf"),
     (lambda x: ops.softcap(x.long(), 30.0), "x is int64: float32, bfloat16 or float16 is wanted"),
