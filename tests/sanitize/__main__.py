@@ -25,7 +25,9 @@ FUZZ = "tests/sanitize/test_operators.py"
 CLAIMS = "(float64 or reference or rounds or distribution or refused or rejected) and not slow"
 HOW = {
     # Python's own leaks at exit are none of ours; what cannot be allocated is null, as without.
-    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
+    # Stack use after return is not looked for: gcc before 12.4 places vectors of 64 bytes wrongly then
+    # (GCC bug 110027), and the kernels crash of it.
+    "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 
