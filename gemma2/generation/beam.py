@@ -259,7 +259,8 @@ class _Search:
             new = [[] for _ in source] if found is None else found.tokens.tolist()
             texts = [[*run.prompts[row], *new[i]] for i, row in enumerate(source.tolist())]
             texts += [[] for _ in range(len(self.source) - len(texts))]
-            lengths = wanted.tolist()
+            # not what was wanted: an error in reorder() has emptied the rows
+            lengths = cache.lengths[: len(texts)].tolist()
             cache.text = [text[:n] for text, n in zip(texts, lengths, strict=True)] + beyond
 
     def _rows_of(self, found: Found | None) -> tuple[Tensor, Tensor]:

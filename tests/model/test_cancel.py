@@ -240,6 +240,24 @@ def test_an_error_in_a_reorder_empties_the_rows_that_it_moves(plain):
     assert torch.equal(out, plain.generate(ids, max_new_tokens=3, **NEVER))
 
 
+@pytest.mark.parametrize("n", [1, 5, 8, 11])
+def test_an_error_in_a_reorder_of_beams_leaves_no_text_of_which_nothing_is_held(plain, n):
+    """Spreading the prompt over the beams comes first, at the calls 1 to 6."""
+    cache, ids = HybridCache(plain.config, 3), tokens(1, 20)
+    real = torch.Tensor.index_select
+    alarm = AtTheNthCall(n)
+
+    def ringing(*args):
+        alarm()
+        return real(*args)
+
+    options = {"num_beams": 3, "max_new_tokens": 12, **NEVER}
+    with mock.patch.object(torch.Tensor, "index_select", ringing), pytest.raises(StopError):
+        plain.generate(ids, past_key_values=cache, **options)
+    assert [len(text) for text in cache.text] == cache.lengths.tolist()[: len(cache.text)]
+    check_any_prompt(plain, cache, ids.tolist(), plain.generate(ids, **NEVER).tolist(), n)
+
+
 def test_an_error_in_going_back_empties_the_row(plain):
     cache = HybridCache(plain.config, 1, keep_snapshots=2)
     ids = tokens(1, 140)
