@@ -494,7 +494,9 @@ class HybridCache:
             dropped = (others or self._kept)[0]
             self._kept.remove(dropped)
             self._snapshots.add(dropped)  # follows its rows for who is about to go back to it
-        self._kept.append(take(self))
+        taken = take(self)
+        pass
+        self._kept.append(taken)
 
     def snapshots(self) -> list[CacheSnapshot]:
         """Give those that `generate` may go back to, the kept ones first, the newest of them first."""

@@ -110,9 +110,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # ---- errors that depend on data -----------------------------------------------------------------
 
 # On a GPU the host does not wait to look at ids and logits: the kernel stops at a bad id, which ends
-# every work of the process on that device, and a row without a token gets a number that says why.
-# In the contract, which is the CPU's, both are a ValueError. So such calls are left to the CPU: of
-# bad ids before the GPU sees them, of bad rows after it has marked them.
+# every work of the process on that device, a row without a token gets a number that says why,
+# and a position that a sum could overflow reads and writes no wrong memory.
+# In the contract, which is the CPU's, all are a ValueError. So such calls are left to the CPU:
+# of bad ids and positions before the GPU sees them, of bad rows after it has marked them.
 
 
 def _bad_ids(args: Mapping[str, Any]) -> bool:
@@ -129,9 +130,18 @@ def _bad_history(args: Mapping[str, Any]) -> bool:
     return logits.dim() == 2 and int(history.max()) >= logits.shape[1]
 
 
+def _far_positions(args: Mapping[str, Any]) -> bool:
+    numbers = [args.get(name) for name in ("q_start", "kv_len", "k_base")]
+    return any(bool(((n > 2**62) | (n < -(2**62))).any()) for n in numbers if n is not None)
+
+
 BEFORE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "embed": _bad_ids,
     "sample": _bad_history,
+    "attention": _far_positions,
+    "attention_backward": _far_positions,
+    "cache_write": _far_positions,
+    "rope_cache": _far_positions,
 }
 AFTER: dict[str, Callable[[Any], bool]] = {"sample": lambda tokens: bool((tokens < 0).any())}
 

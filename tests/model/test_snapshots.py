@@ -201,6 +201,19 @@ def test_a_snapshot_of_another_text_is_still_refused(model):
         cache.restore(taken)
 
 
+def test_a_snapshot_that_was_kept_may_be_restored_while_its_text_is_there(model):
+    cache, ids = new_cache(keep=1), said(200, 0)
+    text = model.generate(ids, past_key_values=cache, **NEW)
+    (taken,) = cache.snapshots()
+    cache.restore(taken)
+    assert cache.text == ids.tolist()
+    assert read_by(model, text, cache)[1] == 60
+    cache.crop(0)
+    model.generate(said(190, 1), past_key_values=cache, **NEW)
+    with pytest.raises(ValueError, match="restore: row 0 had 200 tokens, and position 0 has been"):
+        cache.restore(taken)
+
+
 def test_keep_snapshots_must_be_a_count():
     with pytest.raises(ValueError, match="keep_snapshots is -1: it must be at least 0"):
         new_cache(keep=-1)

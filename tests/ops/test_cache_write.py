@@ -88,7 +88,7 @@ def test_k_base_is_the_position_of_slot_0_and_nothing_before_it_is_written():
 
 
 def test_extreme_positions_write_nothing():
-    lowest, highest = -(2**63), 2**63 - 1
+    lowest, highest = -(2**62), 2**62
     k_cache, v_cache, k, v = make(batch=1)
     before = k_cache.clone()
     for q_start, kv_len in (
@@ -100,6 +100,15 @@ def test_extreme_positions_write_nothing():
     ):
         ops.cache_write(k_cache, v_cache, k, v, positions(q_start), positions(kv_len))
     assert torch.equal(k_cache, before)
+
+
+@pytest.mark.parametrize("number", [-(2**63), -(2**62) - 1, 2**62 + 1, 2**63 - 1])
+@pytest.mark.parametrize("name", ["q_start", "kv_len", "k_base"])
+def test_positions_that_sums_could_overflow_are_refused(name, number):
+    k_cache, v_cache, k, v = make(batch=1)
+    where = {"q_start": 0, "kv_len": 5, "k_base": 0, name: number}
+    with pytest.raises(ValueError, match=f"cache_write: {name} holds {number}: numbers from"):
+        ops.cache_write(k_cache, v_cache, k, v, *map(positions, where.values()))
 
 
 def test_strided_caches_and_keys_equal_contiguous_ones():
