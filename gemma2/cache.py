@@ -495,7 +495,7 @@ class HybridCache:
             self._kept.remove(dropped)
             self._snapshots.add(dropped)  # follows its rows for who is about to go back to it
         taken = take(self)
-        pass
+        taken._lowest_write.zero_()  # not followed: the texts alone tell whether it holds
         self._kept.append(taken)
 
     def snapshots(self) -> list[CacheSnapshot]:
