@@ -20,8 +20,9 @@ not compiled.
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class HybridCache:
         self._history: tuple[Tensor, Tensor] | None = None
         self._snapshots: weakref.WeakSet[CacheSnapshot] = weakref.WeakSet()  # the user's
         self._kept: list[CacheSnapshot] = []  # by keep_snapshot(), oldest first
+        self._stream: weakref.ref[Generator[Tensor, None, None]] | None = None
         if max_cache_len is not None:
             self._resize(max_cache_len)
             if self.device is not None and dtype is not None:
@@ -332,6 +334,7 @@ class HybridCache:
             ValueError: a row would have fewer than 0 tokens, or a ring has lost keys that the row
                 would see; the text names the smallest possible n, and nothing has been changed.
         """
+        self.end_stream()
         rows = self.lengths.shape[0]
         if isinstance(n, Tensor):
             if n.dtype != torch.int64 or n.dim() != 1 or n.shape[0] > rows:
@@ -395,6 +398,7 @@ class HybridCache:
         Raises:
             ValueError: wrong dtype or shape, or (where it can be read) an index out of range.
         """
+        self.end_stream()
         rows = self.max_batch_size
         if beam_idx.dtype not in (torch.int64, torch.int32) or beam_idx.dim() != 1:
             raise ValueError(
@@ -461,12 +465,28 @@ class HybridCache:
 
     def reset(self) -> None:
         """Forget every token, and the snapshots that are kept; the memory stays."""
+        self.end_stream()
         self.text = None
         self._kept.clear()
         self.lengths.zero_()
         self._written.zero_()
         self.settle(0)
         self._history = None
+
+    def lend(self, stream: Generator[Tensor, None, None]) -> None:
+        """Note that a stream writes to the cache."""
+        self._stream = weakref.ref(stream)
+
+    def end_stream(self) -> None:
+        """End a stream that somebody has not read to its end, for who uses the cache for something else.
+
+        It then leaves the cache with its text, as when it is dropped. Called by the stream itself,
+        this does nothing.
+        """
+        stream = None if self._stream is None else self._stream()
+        if stream is not None and inspect.getgeneratorstate(stream) != inspect.GEN_RUNNING:
+            self._stream = None
+            stream.close()
 
     def snapshot(self) -> CacheSnapshot:
         """Give a copy of the rings and lengths, to come back to this point by `restore`.
@@ -519,6 +539,7 @@ class HybridCache:
             raise TypeError(
                 f"restore: got a {type(snapshot).__name__}: it must be what snapshot() gave"
             )
+        self.end_stream()
         if snapshot._owner() is not self:
             raise ValueError("restore: the snapshot is of another cache")
         if snapshot.source.tolist() != list(range(self.max_batch_size)):
@@ -655,13 +676,13 @@ class HybridCache:
         return own + sum(snapshot.nbytes for snapshot in self._kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles start without snapshots, which belong to the original
-        apart = ("_snapshots", "_kept")
+        # copies and pickles start without snapshots and a stream, which belong to the original
+        apart = ("_snapshots", "_kept", "_stream")
         return {name: value for name, value in vars(self).items() if name not in apart}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._snapshots, self._kept = weakref.WeakSet(), []
+        self._snapshots, self._kept, self._stream = weakref.WeakSet(), [], None
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ def steps_ahead(device: torch.device, streaming: bool) -> int:
 
 def new_tokens(
     model: GenerationMixin, run: Run, ahead: int, device: torch.device | str
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Give the new tokens of each step, int64 [N] on `device`; no mode of torch is on between.
 
     Args:

@@ -200,7 +200,8 @@ class GenerationMixin(nn.Module):
 
         Takes the options of `generate`, except `streamer`. Options are checked by this call, the
         prompt is read when the first token is asked for. The iterator may be dropped at any time; a
-        cache that was passed in then holds the text up to, and without, the last token given.
+        cache that was passed in then holds the text up to, and without, the last token given. Another
+        call of generate or stream with that cache, its reset() and the like end the iterator.
 
         Raises:
             TypeError, ValueError: as `generate`.
@@ -224,7 +225,9 @@ class GenerationMixin(nn.Module):
                 f"stream: {len(run.lengths)} rows and drafted tokens: rows accept different numbers "
                 "of them, so a cache could not be left at the last token given; use generate()"
             )
-        return new_tokens(self, run, 0, run.prompt.device)
+        tokens = new_tokens(self, run, 0, run.prompt.device)
+        run.cache.lend(tokens)
+        return tokens
 
     def compute_transition_scores(
         self,

@@ -97,6 +97,7 @@ def kept_tokens(
             f"generate: past_key_values is a {type(cache).__name__}: it must be a HybridCache"
         )
     cache.check_model(model.config, rows, device)
+    cache.end_stream()
     if cache.text is not None and prompts is not None:
         kept = _keep(cache, prompts)
         return torch.tensor(kept.counts, device=device), kept

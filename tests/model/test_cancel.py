@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 from unittest import mock
 
@@ -308,6 +309,47 @@ def test_a_stream_that_is_dropped_leaves_the_text_that_was_given(plain, rows, st
     other = tokens(rows, 160, seed=4)
     out = plain.generate(other, past_key_values=cache, max_new_tokens=5, **NEVER)
     assert torch.equal(out, plain.generate(other, max_new_tokens=5, **NEVER))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 9])
+@pytest.mark.parametrize("help", [{}, {"prompt_lookup_num_tokens": 3}], ids=["alone", "lookup"])
+def test_another_call_ends_a_stream_that_has_not_been_dropped(plain, help, steps):
+    """`for token in stream: break`, and the variable lives on."""
+    cache, ids, other = HybridCache(plain.config, 1), tokens(1, 20), tokens(1, 40, seed=4)
+    options = {"past_key_values": cache, "max_new_tokens": 9, **NEVER}
+    stream = plain.stream(ids, **options, **help)
+    given = [int(next(stream)) for _ in range(steps)]
+    text = torch.cat([ids, torch.tensor([given], dtype=torch.int64)], dim=1)
+    for prompt in (other, torch.cat([text, tokens(1, 3)], dim=1)):
+        out = plain.generate(prompt, **options)
+        assert torch.equal(out, plain.generate(prompt, max_new_tokens=9, **NEVER))
+        assert cache.text == out[:, :-1].tolist()
+        assert list(stream) == []
+    new = plain.stream(other, **options)
+    first = plain.stream(other, **options)
+    assert list(new) == []
+    assert torch.equal(torch.stack(list(first), 1), plain.generate(other, **options)[:, 40:])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda c, _: c.reset(), lambda c, _: c.crop(5), lambda c, _: c.reorder(torch.tensor([1, 0])),
+     lambda c, taken: c.restore(taken)],
+    ids=["reset", "crop", "reorder", "restore"],
+)  # fmt: skip
+def test_what_changes_the_cache_ends_a_stream(plain, change):
+    cache, ids = HybridCache(plain.config, 2), tokens(2, 20)
+    options = {"past_key_values": cache, "max_new_tokens": 9, **NEVER}
+    plain.generate(ids[:, :10], **{**options, "max_new_tokens": 1})
+    taken = cache.snapshot()
+    stream = plain.stream(ids, **options)
+    next(stream), next(stream)
+    change(cache, taken)
+    assert list(stream) == []
+    again = torch.cat([ids[:, :12], tokens(2, 9, seed=3)], dim=1)
+    out = plain.generate(again, **options)
+    assert torch.equal(out, plain.generate(again, max_new_tokens=9, **NEVER))
+    assert pickle.loads(pickle.dumps(cache)).text == cache.text
 
 
 def test_logits_at_fault_leave_the_prompt(model, plain):
