@@ -25,6 +25,9 @@ FILE_NAME = "generation_config.json"
 # What transformers gives when neither max_new_tokens nor max_length is set.
 DEFAULT_NEW_TOKENS = 20
 
+# What scores, which are float32, are multiplied with or divided by.
+SMALLEST_FACTOR, LARGEST_FACTOR = 1e-30, 1e30
+
 # Options of transformers that change the result and are not implemented, with the values at which
 # they do nothing. Anything else is an error when text is generated, never silently ignored.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -107,6 +110,16 @@ def _real(name: str, value: object, wanted: str) -> float:
     except OverflowError:  # an int beyond every float
         number = math.inf
     if not math.isfinite(number):
+        raise ValueError(_error(name, value, wanted))
+    return number
+
+
+def _factor(name: str, value: object, zero: bool = False) -> float:
+    wanted = f"a number from {SMALLEST_FACTOR:g} to {LARGEST_FACTOR:g}"
+    if zero:
+        wanted += ", or 0, which is greedy"
+    number = _real(name, value, wanted)
+    if not (SMALLEST_FACTOR <= number <= LARGEST_FACTOR or (zero and number == 0)):
         raise ValueError(_error(name, value, wanted))
     return number
 
@@ -230,7 +243,7 @@ class GenerationConfig:
         for name in ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_error(name, getattr(self, name), "a bool"))
-        self.length_penalty = _real("length_penalty", self.length_penalty, "a number")
+        self.length_penalty = _real("length_penalty", self.length_penalty, "a finite number")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(
                 _error("early_stopping", self.early_stopping, 'True, False or "never"')
@@ -240,9 +253,7 @@ class GenerationConfig:
             wanted = "a list of token ids"
             ids = _token_ids("suppress_tokens", self.suppress_tokens, wanted)
             self.suppress_tokens = [ids] if isinstance(ids, int) else ids
-        self.temperature = _real("temperature", self.temperature, "a number of at least 0")
-        if self.temperature < 0:
-            raise ValueError(_error("temperature", self.temperature, "a number of at least 0"))
+        self.temperature = _factor("temperature", self.temperature, zero=True)
         self.top_k = _integer("top_k", self.top_k, "an int of at least 0 (0 keeps all tokens)")
         self.top_p = _real("top_p", self.top_p, "a number in (0, 1]")
         if not 0 < self.top_p <= 1:
@@ -250,10 +261,7 @@ class GenerationConfig:
         self.min_p = _real("min_p", self.min_p, "a number in [0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(_error("min_p", self.min_p, "a number in [0, 1]"))
-        penalty = "a number above 0 (1 does nothing)"
-        self.repetition_penalty = _real("repetition_penalty", self.repetition_penalty, penalty)
-        if self.repetition_penalty <= 0:
-            raise ValueError(_error("repetition_penalty", self.repetition_penalty, penalty))
+        self.repetition_penalty = _factor("repetition_penalty", self.repetition_penalty)
         for name in (
             "num_beams",
             "num_return_sequences",

@@ -44,6 +44,9 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Of e, for numbers that float32 has with room to spare.
 _LARGEST_EXPONENT = 60.0
 
+# With beams, so that sums of log-probabilities divided by it stay above what marks a dead beam.
+_LEAST_TEMPERATURE = 1e-4
+
 # What only sampling looks at; given to a greedy call, it is most likely a mistake.
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
@@ -84,7 +87,7 @@ def prepare(
     prompts = Prompts.of(model, input_ids, inputs_embeds, attention_mask, options, device)
     prompt, rows, longest_prompt = prompts.shown(), prompts.rows, max(prompts.counts)
     new_tokens = _new_tokens(options, prompt.shape[1])
-    _point_out(options, named, new_tokens)
+    _point_out(options, named, new_tokens, assistant_model is not None)
     beams = _beams(options, new_tokens)
     drafted = _check_drafting(model, assistant_model, options, prompts, device)
     if drafted and rows > 1 and (functions or criteria):
@@ -196,22 +199,28 @@ def _options(
             named[name] = getattr(own, name)
     options = generation_config.replaced(**named)
     texts, beams = options.num_return_sequences, options.num_beams
-    if texts > 1 and beams == 1 and not options.do_sample:
+    if texts > 1 and beams == 1 and not (options.do_sample and options.temperature):
+        why = "temperature is 0" if options.do_sample else "do_sample is False"
         raise ValueError(
-            f"generate: num_return_sequences is {texts} and do_sample is False: greedy texts would "
-            "all be the same; pass do_sample=True, or num_beams"
+            f"generate: num_return_sequences is {texts} and {why}: greedy texts would all be the "
+            "same; pass do_sample=True and a temperature, or num_beams"
         )
     if texts > beams > 1:
         raise ValueError(
             f"generate: num_return_sequences is {texts}, num_beams is {beams}: there are only as "
             "many texts as beams"
         )
+    # what the call says goes before what a file says
     if named.get("max_length") is not None and named.get("max_new_tokens") is None:
-        options.max_new_tokens = None  # what the call says goes before what a file says
+        options.max_new_tokens = None
+    if named.get("min_length") is not None and named.get("min_new_tokens") is None:
+        options.min_new_tokens = None
     return options
 
 
-def _point_out(options: GenerationConfig, named: dict[str, Any], new_tokens: int) -> None:
+def _point_out(
+    options: GenerationConfig, named: dict[str, Any], new_tokens: int, has_assistant: bool
+) -> None:
     """Warn of options that do not do what they seem to do."""
     said = []
     useless = [name for name in _SAMPLING_ONLY if named.get(name) is not None]
@@ -225,6 +234,13 @@ def _point_out(options: GenerationConfig, named: dict[str, Any], new_tokens: int
         said.append(
             f"{', '.join(useless)} given, but num_beams is 1: there are no beams to compare"
         )
+    for counted, other in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if named.get(counted) is not None and named.get(other) is not None:
+            said.append(f"{counted} and {other} are both given: {counted} counts")
+    if named.get("num_assistant_tokens") is not None and not has_assistant:
+        said.append("num_assistant_tokens given, but there is no assistant_model to draft them")
+    if named.get("max_matching_ngram_size") is not None and not options.prompt_lookup_num_tokens:
+        said.append("max_matching_ngram_size given, but prompt_lookup_num_tokens is not")
     if options.min_new_tokens is not None and options.min_new_tokens > new_tokens:
         said.append(
             f"min_new_tokens is {options.min_new_tokens}, but there are at most {new_tokens}"
@@ -271,6 +287,11 @@ def _beams(options: GenerationConfig, new_tokens: int) -> Beams | None:
     if abs(exponent) * math.log(new_tokens) > _LARGEST_EXPONENT:
         raise ValueError(
             f"generate: length_penalty is {exponent}: {new_tokens} ** {exponent} is out of range"
+        )
+    if options.do_sample and 0 < options.temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"generate: temperature is {options.temperature} and num_beams {options.num_beams}: "
+            f"with beams it must be at least {_LEAST_TEMPERATURE}, or 0, which is greedy"
         )
     ends = len(options.eos_token_ids)
     return Beams(

@@ -223,7 +223,8 @@ def test_lengths_count_new_tokens_or_all_columns(model):
     ids = tokens(1, 6)
     assert model.generate(ids, **NEVER).shape == (1, 26)
     assert model.generate(ids, max_length=10, **NEVER).shape == (1, 10)
-    assert model.generate(ids, max_length=10, max_new_tokens=2, **NEVER).shape == (1, 8)
+    with pytest.warns(UserWarning, match="are both given: max_new_tokens counts"):
+        assert model.generate(ids, max_length=10, max_new_tokens=2, **NEVER).shape == (1, 8)
     own = GenerationConfig(max_new_tokens=3, eos_token_id=[])
     assert model.generate(ids, generation_config=own).shape == (1, 9)
     assert model.generate(ids, generation_config=own, max_length=20).shape == (1, 20)
@@ -317,6 +318,14 @@ def test_options_that_have_nothing_to_work_on_are_pointed_out(model):
     assert said[0].filename == __file__
     with pytest.warns(UserWarning, match="min_new_tokens is 5, but there are at most 2"):
         model.generate(ids, max_new_tokens=2, min_new_tokens=5)
+    for options, text in (
+        ({"max_length": 9}, "max_new_tokens and max_length are both given: max_new_tokens counts"),
+        ({"min_length": 7, "min_new_tokens": 1}, "min_new_tokens and min_length are both given"),
+        ({"num_assistant_tokens": 3}, "num_assistant_tokens given, but there is no assistant_m"),
+        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size given, but prompt_lookup"),
+    ):
+        with pytest.warns(UserWarning, match=text):
+            model.generate(ids, max_new_tokens=2, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.generate(ids, max_new_tokens=2, length_penalty=1.0, early_stopping=False)
@@ -702,7 +711,13 @@ BAD = [
     ({"max_new_tokens": True}, TypeError, "max_new_tokens is True"),
     ({"max_length": 6}, ValueError, "max_length is 6, the prompt has 6 columns already"),
     ({"do_sample": 1}, TypeError, "do_sample is 1: it must be a bool"),
-    ({"temperature": -0.5}, ValueError, "temperature is -0.5: it must be a number of at least 0"),
+    ({"temperature": -0.5}, ValueError, "temperature is -0.5: it must be a number from 1e-30 to"),
+    ({"temperature": 1e-40}, ValueError, "temperature is 1e-40: it must be a number from 1e-30 to"),
+    (
+        {"temperature": 1e-5, "do_sample": True, "num_beams": 2},
+        ValueError,
+        "temperature is 1e-05 and num_beams 2: with beams it must be at least 0.0001, or 0",
+    ),
     ({"temperature": float("nan")}, ValueError, "temperature is nan"),
     ({"temperature": "hot"}, TypeError, "temperature is 'hot'"),
     ({"top_k": -1}, ValueError, "top_k is -1: it must be an int of at least 0"),
@@ -713,10 +728,20 @@ BAD = [
     (
         {"repetition_penalty": 0},
         ValueError,
-        "repetition_penalty is 0.0: it must be a number above 0",
+        "repetition_penalty is 0: it must be a number from 1e-30 to 1e+30",
+    ),
+    (
+        {"repetition_penalty": 1e40, "no_repeat_ngram_size": 2},
+        ValueError,
+        "repetition_penalty is 1e+40: it must",
     ),
     ({"repetition_penalty": float("inf")}, ValueError, "repetition_penalty is inf"),
-    ({"num_return_sequences": 2}, ValueError, "greedy texts would all be the same"),
+    ({"num_return_sequences": 2}, ValueError, "do_sample is False: greedy texts would all be the"),
+    (
+        {"num_return_sequences": 2, "do_sample": True, "temperature": 0},
+        ValueError,
+        "num_return_sequences is 2 and temperature is 0: greedy texts would all be the same",
+    ),
     ({"eos_token_id": 97}, ValueError, "eos_token_id is 97: the vocabulary has 97 tokens"),
     ({"eos_token_id": [1, -1]}, ValueError, "eos_token_id is -1"),
     ({"eos_token_id": "end"}, TypeError, "eos_token_id is 'end'"),
