@@ -139,11 +139,14 @@ class Stops:
         rows = input_ids.shape[0]
         found = torch.zeros(rows, dtype=torch.bool)
         for number, criterion in enumerate(self.criteria):
-            told = torch.as_tensor(criterion(input_ids, None)).cpu()
+            given = criterion(input_ids, None)
+            name, wanted = f"generate: stopping_criteria[{number}]", f"a bool, or bool [{rows}]"
+            try:
+                told = torch.as_tensor(given).cpu()
+            except (TypeError, ValueError, RuntimeError) as error:
+                text = f"{name} gave a {type(given).__name__}: it must be {wanted}"
+                raise TypeError(text) from error
             if told.numel() not in (1, rows):
-                raise ValueError(
-                    f"generate: stopping_criteria[{number}] gave {list(told.shape)}: it must be a "
-                    f"bool, or bool [{rows}]"
-                )
+                raise ValueError(f"{name} gave {list(told.shape)}: it must be {wanted}")
             found |= told.reshape(-1).to(torch.bool)
         return found.tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -303,7 +305,6 @@ def test_candidates_are_drawn_like_those_of_transformers(model):
     """The distribution of texts of one token: two draws without replacement, the better one wins."""
     ids = tokens(1, 6)
     options = {"do_sample": True, "temperature": 1.5, "top_k": 5, "max_new_tokens": 1}
-    counts = torch.zeros(97)
     runs = 1500
     many = ids.expand(runs, -1)
     out = model.generate(many, num_beams=2, seed=9, **options, **NEVER)[:, -1]
@@ -324,8 +325,6 @@ def test_candidates_are_drawn_like_those_of_transformers(model):
 
 
 def orders_without(left_out, count, length):
-    import itertools
-
     return itertools.permutations([i for i in range(count) if i != left_out], length)
 
 
@@ -364,8 +363,6 @@ def test_a_conversation_goes_on_from_the_cache(model, length, returned):
 
 
 def cache_copy(cache):
-    import copy
-
     return copy.deepcopy(cache).__getstate__()
 
 

@@ -343,6 +343,10 @@ def test_a_criterion_sees_each_drafted_token(model):
 def test_a_criterion_that_tells_nothing_of_the_rows_is_an_error(model):
     with pytest.raises(ValueError, match=r"stopping_criteria\[0\] gave \[3\]: it must be a bool"):
         model.generate(tokens(2, 9), stopping_criteria=[lambda i, s: torch.ones(3)], **NEVER)
+    with pytest.raises(
+        TypeError, match=r"stopping_criteria\[0\] gave a NoneType: it must be a bool"
+    ):
+        model.generate(tokens(2, 9), stopping_criteria=[lambda i, s: None], **NEVER)
 
 
 @pytest.mark.parametrize("help", [{}, {"prompt_lookup_num_tokens": 4}, {"num_beams": 3}])
