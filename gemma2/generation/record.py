@@ -40,7 +40,10 @@ class Record:
     def take(self, report: list[list[int]]) -> None:
         """Keep the oldest copy for the tokens that its step reports."""
         counts = [sum(token >= 0 for token in line[:-1]) for line in report]
-        self._taken.append((self._posted.popleft(), counts))
+        posted, most = self._posted.popleft(), max(counts)
+        if most < len(report[0]) - 1:  # of drafts that were wrong nothing is kept
+            posted = {name: kept[:, :most].clone() for name, kept in posted.items()}
+        self._taken.append((posted, counts))
 
     def columns(self, name: str) -> tuple[Tensor, ...] | None:
         """Give [N, V] for each new token, 0 for rows that had ended before; None if not kept."""

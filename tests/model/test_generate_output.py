@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gemma2 import HybridCache
+from gemma2.generation.record import Record
 from gemma2.outputs import GenerateOutput
 from tests.model.factories import lively, padded, tiny, tokens, twin
 from tests.model.recorded_graph import as_on_a_device
@@ -84,6 +85,16 @@ def test_drafts_and_captured_steps_give_the_same(model, sampling):
             found = model.generate(ids, **options, **help, cuda_graph=True)
         assert_equal(found, wanted, exactly=not help)
         assert len(graphs) == 1
+
+
+def test_what_wrong_drafts_were_chosen_from_is_not_kept():
+    record = Record(["scores"], 2, 6, 97, torch.device("cpu"))
+    for _ in range(5):
+        record.post()
+        record.take([[4, -3, -3, -3, -3, -3, 0], [5, 6, -3, -3, -3, -3, 0]])
+    assert sum(kept["scores"].untyped_storage().nbytes() for kept, _ in record._taken) == (
+        5 * 2 * 2 * 97 * 4
+    )
 
 
 def test_rows_that_have_ended_have_zeros(model):
