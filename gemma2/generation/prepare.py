@@ -90,12 +90,8 @@ def prepare(
     _point_out(options, named, new_tokens, assistant_model is not None)
     beams = _beams(options, new_tokens)
     drafted = _check_drafting(model, assistant_model, options, prompts, device)
-    if drafted and rows > 1 and (functions or criteria):
-        name = "logits_processor" if functions else "stopping_criteria"
-        raise ValueError(
-            f"generate: {name} and drafted tokens for {rows} rows: rows accept different numbers of "
-            "them, so there are no columns to show; generate row by row, or without drafts"
-        )
+    if drafted and rows > 1:
+        _refuse_functions(functions, criteria, rows)
     ahead = drafted + 1 if drafted else 0  # what is written and may be taken back
     is_kept = past_key_values is not None or options.return_dict_in_generate
     known = prompts.tokens() if is_kept and prompts.are_tokens else None
@@ -112,21 +108,13 @@ def prepare(
     models = [model] if assistant_model is None else [model, assistant_model]
     room = longest + ahead <= cache.max_cache_len
     captured = graph.wanted(cuda_graph, models, device, new_tokens - 1, room)
-    if captured and (obstacle := _only_python(options, functions)):
-        if cuda_graph:
-            raise ValueError(f"generate: cuda_graph is True, but {obstacle}; leave it out")
-        captured = False
+    captured = captured and _can_be_captured(options, functions, cuda_graph)
 
     ends = options.eos_token_ids
     pad = options.pad_token_id if options.pad_token_id is not None else (*ends, 0)[0]
-    record = None
-    kept = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
-    if kept and options.return_dict_in_generate:
-        record = Record(kept, rows, drafted + 1, model.config.vocab_size, device)
-    columns = None
-    if functions or criteria:
-        columns = F.pad(prompt, (0, new_tokens + ahead), value=pad)
+    record = _record(options, rows, drafted + 1, model.config.vocab_size, device)
     processors = Processors.of(options, prompt.shape[1], functions, model.config.vocab_size, device)
+    columns = F.pad(prompt, (0, new_tokens + ahead), value=pad) if functions or criteria else None
     sampler = Sampler(
         options,
         seed,
@@ -139,20 +127,12 @@ def prepare(
     chunk = options.prefill_chunk_size or PREFILL_CHUNK
     draft = None
     if drafted:
-        reading = None
-        if assistant_model is not None:
-            own = new_cache(assistant_model, rows, need + ahead, device, ahead)
-            whole = prompts.pack(torch.zeros_like(prompts.lengths))
-            reading = Reading(assistant_model, own, *whole, prompts.repeats, chunk)
+        reading = _reading(assistant_model, prompts, need + ahead, ahead, chunk)
         draft = Draft(drafted, reading, options.max_matching_ngram_size)
     packed = prompts.pack(cached)
     stops = None
     if options.stop_strings or criteria:
-        strings = None
-        if options.stop_strings:
-            last = packed[0][:, -1].tolist() if prompts.are_tokens else [None] * len(prompts.counts)
-            before = [token for token in last for _ in range(prompts.repeats)]
-            strings = StopStrings(options.stop_strings, tokenizer, before)
+        strings = _stop_strings(options, tokenizer, prompts)
         stops = Stops(strings, criteria, rows, sampler.columns)
     most = [count + new_tokens - 1 + ahead for count in prompts.counts]
     forgets = known is not None and will_forget(cache, most, prompts.counts)
@@ -305,11 +285,57 @@ def _beams(options: GenerationConfig, new_tokens: int) -> Beams | None:
     )
 
 
-def _only_python(options: GenerationConfig, functions: list[Callable[..., Any]]) -> str:
-    """Tell what of a step only Python can do; "" if nothing."""
+def _refuse_functions(functions: list[Any], criteria: list[Any], rows: int) -> None:
+    """Raise for functions that would have to look at drafted tokens of several rows."""
+    if functions or criteria:
+        name = "logits_processor" if functions else "stopping_criteria"
+        raise ValueError(
+            f"generate: {name} and drafted tokens for {rows} rows: rows accept different numbers of "
+            "them, so there are no columns to show; generate row by row, or without drafts"
+        )
+
+
+def _can_be_captured(
+    options: GenerationConfig, functions: list[Callable[..., Any]], cuda_graph: bool | None
+) -> bool:
+    """Tell whether there is nothing in a step that only Python can do; an error if there must not."""
+    obstacle = ""
     if options.num_beams > 1:
-        return f"num_beams is {options.num_beams}, and beams are chosen by the host"
-    return "there is a logits_processor, which a replayed graph would not call" if functions else ""
+        obstacle = f"num_beams is {options.num_beams}, and beams are chosen by the host"
+    elif functions:
+        obstacle = "there is a logits_processor, which a replayed graph would not call"
+    if obstacle and cuda_graph:
+        raise ValueError(f"generate: cuda_graph is True, but {obstacle}; leave it out")
+    return not obstacle
+
+
+def _record(
+    options: GenerationConfig, rows: int, width: int, vocab: int, device: torch.device
+) -> Record | None:
+    """Give what keeps scores and logits of up to `width` tokens a step; None: nothing is kept."""
+    names = [name for name in ("scores", "logits") if getattr(options, f"output_{name}")]
+    if not names or not options.return_dict_in_generate:
+        return None
+    return Record(names, rows, width, vocab, device)
+
+
+def _reading(
+    assistant: GenerationMixin | None, prompts: Prompts, columns: int, ahead: int, chunk: int
+) -> Reading | None:
+    """Give what a drafting model reads, into a cache of its own; None: tokens are looked up."""
+    if assistant is None:
+        return None
+    cache = new_cache(assistant, prompts.rows, columns, prompts.content.device, ahead)
+    whole = prompts.pack(torch.zeros_like(prompts.lengths))
+    return Reading(assistant, cache, *whole, prompts.repeats, chunk)
+
+
+def _stop_strings(
+    options: GenerationConfig, tokenizer: Any, prompts: Prompts
+) -> StopStrings | None:
+    if not options.stop_strings:
+        return None
+    return StopStrings(options.stop_strings, tokenizer, prompts.last())
 
 
 def _check_device(model: GenerationMixin, *tensors: Tensor | None) -> torch.device:

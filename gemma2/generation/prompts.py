@@ -84,6 +84,14 @@ class Prompts:
         both = zip(self.content.cpu(), mask.cpu(), strict=True)
         return [row[real].tolist() for row, real in both]
 
+    def last(self) -> list[int | None]:
+        """Give the last token of each row, N of them on the host; None where it is an embedding."""
+        last: list[int | None] = [None] * len(self.counts)
+        if self.are_tokens:
+            column = self._tokens_first().gather(1, self.lengths[:, None] - 1)
+            last = self.content.gather(1, column)[:, 0].tolist()
+        return [token for token in last for _ in range(self.repeats)]
+
     def starts(self) -> Tensor:
         """Give where new tokens begin in `text`, int64 [N]."""
         tokens = self.lengths if self.are_tokens else torch.zeros_like(self.lengths)
