@@ -25,6 +25,9 @@ FILE_NAME = "generation_config.json"
 # What transformers gives when neither max_new_tokens nor max_length is set.
 DEFAULT_NEW_TOKENS = 20
 
+# Of any count or id: sizes of tensors are made of these.
+MOST = 2**31 - 1
+
 # What scores, which are float32, are multiplied with or divided by.
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-30, 1e30
 
@@ -99,6 +102,8 @@ def _integer(name: str, value: object, wanted: str, least: int = 0) -> int:
         raise TypeError(_error(name, value, wanted)) from None
     if number < least:
         raise ValueError(_error(name, value, wanted))
+    if number > MOST:
+        raise ValueError(_error(name, value, f"{wanted}, and at most {MOST}"))
     return number
 
 

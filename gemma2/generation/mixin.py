@@ -122,7 +122,8 @@ class GenerationMixin(nn.Module):
                 in input_ids are taken as padding (and that is said) unless pad also ends texts.
             inputs_embeds: [B, S, hidden_size], already scaled, in place of input_ids; then the
                 output has the new tokens only.
-            past_key_values: a cache to use, left holding all but the last new token of each row.
+            past_key_values: a cache to use, left holding all but the last new token of each row. What
+                it holds is of this model as it is: reset() it when weights or adapters change.
                 If it holds tokens, input_ids is the whole text so far, of which only the
                 rest is read. A cache as `generate` left it knows its text: then what input_ids
                 begins with, too, is kept as far as the sliding layers or snapshots of them (its

@@ -730,6 +730,8 @@ BAD = [
         ValueError,
         "repetition_penalty is 0: it must be a number from 1e-30 to 1e+30",
     ),
+    ({"max_length": int(1e30)}, ValueError, "or None, and at most 2147483647"),
+    ({"no_repeat_ngram_size": 2**40}, ValueError, "no_repeat_ngram_size is 1099511627776: it must"),
     (
         {"repetition_penalty": 1e40, "no_repeat_ngram_size": 2},
         ValueError,
