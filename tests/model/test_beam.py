@@ -380,6 +380,28 @@ def test_the_next_turn_reads_little_more_than_what_is_new(model):
     assert cache.reprocessed == 0
 
 
+@pytest.mark.parametrize(("new", "held"), [(20, 130), (60, 0)])
+def test_a_row_to_whose_text_the_rings_do_not_reach_back_is_emptied(new, held):
+    """The best text is one that ended after two tokens; the others went on."""
+    model = lively("three", sliding_window=100)
+    ids = tokens(1, 130)
+
+    def end_the_best(input_ids, scores):
+        return (torch.arange(len(input_ids)) == 0) & (input_ids.shape[1] == 132)
+
+    options = {"num_beams": 3, "max_new_tokens": new, "length_penalty": -2.0, **NEVER}
+    options |= {"stopping_criteria": [end_the_best]}
+    cache = HybridCache(model.config, 3, margin=28)
+    out = model.generate(ids, past_key_values=cache, **options)
+    assert out.shape == (1, 132)
+    assert cache.lengths.tolist() == [held, 0, 0]
+    assert cache.text == [out[0, :held].tolist(), [], []]
+    more = torch.cat([out, tokens(1, 3)], dim=1)
+    plain = {"max_new_tokens": 5, **NEVER}
+    found = model.generate(more, past_key_values=cache, **plain)
+    assert torch.equal(found, model.generate(more, **plain))
+
+
 def test_an_interrupt_leaves_the_prompts_in_the_cache(model):
     cache = HybridCache(model.config, 6, 100)
     ids, calls = tokens(2, 20), []
