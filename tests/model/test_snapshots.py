@@ -146,6 +146,15 @@ def test_no_snapshot_is_taken_while_cropping_suffices(model):
     read_by(model, said(60, 0), cache)
 
 
+@pytest.mark.parametrize("past", [0, 1])
+def test_a_snapshot_is_taken_as_soon_as_the_margin_is_too_short_by_one_token(model, past):
+    """The next prompt may be the same, of which the last token is read again."""
+    cache, options = new_cache(keep=1), {"max_new_tokens": MARGIN + past}
+    assert read_by(model, said(200, 0), cache, **options)[1] == 200
+    assert len(cache.snapshots()) == past
+    assert read_by(model, said(200, 0), cache, **options)[1] == 1
+
+
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_no_more_are_kept_than_asked_for_and_their_bytes_are_counted(model, keep):
     cache, text = new_cache(keep=keep, length=800), said(150, 0)
