@@ -54,12 +54,12 @@ def check_space(target: Path, size: int) -> None:
 def staged_file(target: Path) -> Iterator[Path]:
     """Give the path at which to write a new file that is `target` afterwards, old or not.
 
-    It is a hidden name beside `target` with the same suffix. Left by an exception, it is removed
-    and `target` is as it was.
+    It is a hidden name beside `target`, of no suffix by which a reader would find it. Left by an
+    exception, it is removed and `target` is as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_old_siblings(target)
-    writing = _sibling(target).with_suffix(target.suffix)
+    writing = _sibling(target)
     try:
         yield writing
         sync(writing)
@@ -128,12 +128,18 @@ def is_leftover(item: Path) -> bool:
 
 
 def _sibling(target: Path) -> Path:
-    return target.parent / f".{target.name[:200]}{_WRITING}{secrets.token_hex(4)}"
+    return target.parent / (_prefix(target) + secrets.token_hex(4))
+
+
+def _prefix(target: Path) -> str:
+    """Give how the hidden names beside `target` begin; a whole one has at most 255 bytes."""
+    name = os.fsencode(target.name)[:200].decode(errors="ignore")
+    return f".{name}{_WRITING}"
 
 
 def _remove_old_siblings(target: Path) -> None:
     for item in target.parent.iterdir():
-        if item.name.startswith(f".{target.name[:200]}{_WRITING}"):
+        if item.name.startswith(_prefix(target)):
             _remove_if_old(item)
 
 

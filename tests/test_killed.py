@@ -195,9 +195,10 @@ def prepare(name: str, place: Path, sources: Path, existing: bool) -> Path:
 
 def judge(name: str, target: Path, existing: bool) -> str:
     """Give "old", "new", "absent" or "said", the only things that may be found."""
-    assert all(item == target or item.name.startswith(".") for item in target.parent.iterdir())
+    hidden = f".{target.name}.saving-"
+    assert all(item == target or item.name.startswith(hidden) for item in target.parent.iterdir())
     if not target.exists():
-        assert not existing or not target.is_dir()
+        assert not existing
         return "absent"
     try:
         found = OPERATIONS[name].read(target)
