@@ -16,7 +16,7 @@ from gemma2.convert import vocabulary
 from gemma2.convert.gguf_file import File
 from gemma2.convert.source import Source
 from gemma2.convert.vocabulary import SPACE, UnfaithfulError, Vocabulary
-from gemma2.weights import shown
+from gemma2.weights import CheckpointError, shown
 
 
 def read_tokenizer(file: File, vocab_size: int) -> tuple[Any, dict[str, Any]]:
@@ -68,7 +68,11 @@ def _vocabulary(source: Source) -> tuple[Vocabulary | None, dict[str, Any]]:
     if "tokenizer_config.json" in files:
         config = read_json(files["tokenizer_config.json"])
     if "chat_template.jinja" in files:
-        config["chat_template"] = files["chat_template.jinja"].read_text("utf-8")
+        try:
+            config["chat_template"] = files["chat_template.jinja"].read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{files['chat_template.jinja']}: it is not UTF-8") from error
+    added = read_json(files["added_tokens.json"]) if "added_tokens.json" in files else {}
     size = source.config.vocab_size
     reason = "there is no tokenizer beside the weights"
     for name, read in (
@@ -77,7 +81,7 @@ def _vocabulary(source: Source) -> tuple[Vocabulary | None, dict[str, Any]]:
     ):
         if name in files:
             try:
-                return read(files[name]).marked(config).padded(size), config
+                return read(files[name]).marked(config, added).padded(size), config
             except UnfaithfulError as error:
                 reason = f"{files[name]}: {error}"
     warnings.warn(

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,24 @@ class Vocabulary:
             np.append(self.types, np.full(lacking, UNUSED, np.int32)),
         )
 
-    def marked(self, config: Mapping[str, Any]) -> Vocabulary:
-        """Give it with the special tokens of a ``tokenizer_config.json`` as control pieces."""
+    def marked(self, config: Mapping[str, Any], added: Iterable[str] = ()) -> Vocabulary:
+        """Give it with the special tokens of a ``tokenizer_config.json`` as control pieces.
+
+        Raises:
+            UnfaithfulError: a token of the settings, or one of `added`, is no piece.
+        """
         listed = config.get("added_tokens_decoder")
-        special = set(_TURNS)
+        special, named = set(_TURNS), list(added)
         for entry in listed.values() if isinstance(listed, Mapping) else ():
-            if isinstance(entry, Mapping) and entry.get("special") is True:
-                special.add(str(entry.get("content")))
+            if isinstance(entry, Mapping):
+                named.append(str(entry.get("content")))
+                if entry.get("special") is True:
+                    special.add(named[-1])
+        pieces = set(self.pieces)
+        for name in named:
+            # transformers calls the byte of a tabulator by itself
+            if name.replace(" ", SPACE) not in pieces and name != "\t":
+                raise UnfaithfulError(f"it lacks {name[:100]!r}, which its settings have")
         types = self.types.copy()
         for i in np.flatnonzero(types == USER_DEFINED):
             if self.pieces[i] in special:
@@ -179,6 +190,10 @@ _SPLITS = (
 )
 
 
+# Of the BPE of `tokenizers`, what changes how pieces are joined.
+_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+
+
 def from_json(path: Path) -> Vocabulary:
     """Read a ``tokenizer.json``.
 
@@ -200,6 +215,9 @@ def from_json(path: Path) -> Vocabulary:
         raise UnfaithfulError("it rewrites or splits a text before pieces are joined")
     if model.get("byte_fallback") is not True:
         raise UnfaithfulError("it has no bytes for unknown characters")
+    for option in _OPTIONS:
+        if model.get(option):
+            raise UnfaithfulError(f"it has the option {option}")
     ids, merges = model.get("vocab"), model.get("merges")
     if not isinstance(ids, dict) or not isinstance(merges, list) or not isinstance(added, list):
         raise UnfaithfulError("it is damaged")
@@ -207,6 +225,10 @@ def from_json(path: Path) -> Vocabulary:
     for entry in added:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise UnfaithfulError("it is damaged")
+        if any(entry.get(option) for option in ("lstrip", "rstrip", "single_word")):
+            raise UnfaithfulError(
+                f"it takes what is around {entry['content'][:100]!r} into account"
+            )
         ids[entry["content"]] = entry.get("id")
     pieces: list[str] = [""] * len(ids)
     for text, number in ids.items():
@@ -221,8 +243,9 @@ def from_json(path: Path) -> Vocabulary:
     for entry in added:
         if entry["content"] in ids:
             types[ids[entry["content"]]] = CONTROL if entry.get("special") else USER_DEFINED
-    if model.get("unk_token") in ids:
-        types[ids[model["unk_token"]]] = UNKNOWN
+    unknown = model.get("unk_token")
+    if isinstance(unknown, str) and unknown in ids:
+        types[ids[unknown]] = UNKNOWN
     scores = _scores(pieces, types, merges)
     return Vocabulary(pieces, scores, types)
 
@@ -233,7 +256,7 @@ def _scores(pieces: list[str], types: np.ndarray, merges: list[Any]) -> np.ndarr
     spans: dict[str, tuple[int, int, int]] = {}  # piece -> first place, last place, how many
     for rank, pair in enumerate(merges):
         parts = pair.split(" ") if isinstance(pair, str) else pair
-        if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+        if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
             raise UnfaithfulError("it is damaged")
         joined = parts[0] + parts[1]
         if joined in normal and parts[0] in normal and parts[1] in normal:

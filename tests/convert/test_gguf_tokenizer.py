@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemma2 import Tokenizer
+from gemma2 import CheckpointError, Tokenizer
 from gemma2.convert import gguf as ours
 from gemma2.convert import vocabulary
 from gemma2.convert.vocabulary import CONTROL, NORMAL, USER_DEFINED, UnfaithfulError, Vocabulary
@@ -226,6 +226,34 @@ def test_the_embedded_tokenizer_is_left_out_since_it_splits_text_otherwise(tmp_p
         through(tiny.path() / "tokenizer.json", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"600": {"content": "<tool>"}}}},
+        {"added_tokens": {"<tool>": 600}},
+    ],
+    ids=["settings", "added"],
+)
+def test_a_token_that_only_the_settings_have_is_not_lost_silently(
+    model: Path, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    with pytest.warns(UserWarning, match="gets no tokenizer.*it lacks '<tool>', which its setti"):
+        through(model, tmp_path, extra=1, **files)
+
+
+def test_a_chat_template_that_is_no_text_is_named(model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat_template.jinja"
+    template.write_bytes(b"\xff")
+    source = MemorySource(config("2b"), tokenizer=[model, template])
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: it is not UTF-8"):
+        ours.write(source, tmp_path / "m.gguf")
+
+
+def test_an_unknown_token_of_another_kind_is_no_token(model: Path, tmp_path: Path) -> None:
+    path = changed(model, tmp_path, lambda content: content["model"].update(unk_token=[]))
+    vocabulary.from_json(path)
+
+
 def changed(model: Path, folder: Path, change: Any) -> Path:
     source = through(model, folder)
     content = json.loads(source.tokenizer[0].read_text("utf-8"))
@@ -254,6 +282,10 @@ def swap_far_apart(content: dict[str, Any]) -> None:
         (lambda content: content["model"]["vocab"].update({"new": 10**9}), "ids are not"),
         (lambda content: content["model"]["vocab"].update({"new": 5}), "ids are not"),
         (lambda content: content["model"].update(merges=[["a"]]), "damaged"),
+        (lambda content: content["model"].update(merges=[3]), "damaged"),
+        (lambda content: content["model"].update(dropout=0.5), "the option dropout"),
+        (lambda content: content["model"].update(ignore_merges=True), "the option ignore_merges"),
+        (lambda content: content["added_tokens"][0].update(lstrip=True), "what is around"),
         (lambda content: content.update(added_tokens=[3]), "damaged"),
         (lambda content: content.update(model=[]), "no BPE model"),
     ],
