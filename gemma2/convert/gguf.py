@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gemma2.config import Gemma2Config, default_layer_types
-from gemma2.convert.gguf_file import ALIGNMENT, File, Stored
+from gemma2.convert.gguf_file import ALIGNMENT, File, Stored, shortest
 from gemma2.convert.gguf_tokenizer import add_tokenizer, read_tokenizer
 from gemma2.convert.source import Source, cast, check_tensors, generation_of, hub_shapes
 from gemma2.convert.vocabulary import UnfaithfulError
@@ -117,6 +117,7 @@ def _config(file: File, given: Gemma2Config | None) -> Gemma2Config:
         raise CheckpointError(
             f"{file.path}: it is one of {parts} parts: join them with llama-gguf-split --merge"
         )
+    _check_rotation(file)
     fields: dict[str, Any] = {}
     absent = []
     for field, (key, default) in _KEYS.items():
@@ -160,6 +161,26 @@ def _config(file: File, given: Gemma2Config | None) -> Gemma2Config:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     return config
+
+
+def _check_rotation(file: File) -> None:
+    """Check that the file asks for no scaled or partial RoPE, which a reader of it would honour."""
+    rope = f"{ARCHITECTURE}.rope"
+    kind = file.text(f"{rope}.scaling.type") or "none"
+    if kind not in ("none", "linear"):
+        raise CheckpointError(f"{file.path}: {rope}.scaling.type is {shown(kind)}: it must be none")
+    for key in (f"{rope}.scaling.factor", f"{rope}.scale_linear"):
+        factor = file.number(key)
+        if factor not in (None, 0, 1):
+            raise CheckpointError(f"{file.path}: {key} is {factor}: positions are not scaled here")
+    size, rotated = (
+        file.integer(f"{ARCHITECTURE}.{key}")
+        for key in ("attention.key_length", "rope.dimension_count")
+    )
+    if rotated not in (None, size):
+        raise CheckpointError(
+            f"{file.path}: {rope}.dimension_count is {rotated}: it must be that of a key, {size}"
+        )
 
 
 def _expands(kind: int, block_bytes: int) -> bool:
@@ -325,6 +346,14 @@ def _check_expressible(config: Gemma2Config) -> None:
             raise ValueError(
                 f"convert: {field} is None: GGUF cannot say that, a reader takes {_KEYS[field][1]}"
             )
+    for field in _REALS:
+        value = getattr(config, field)
+        with np.errstate(over="ignore"):
+            held = shortest(np.float32(value))
+        if held != value:
+            raise ValueError(
+                f"convert: {field} is {value}: GGUF has it in float32, a reader takes {held}"
+            )
 
 
 def _add_keys(writer: Any, source: Source, kind: str) -> None:
@@ -379,10 +408,10 @@ def _packed(rows: Tensor, kind: str, name: str) -> memoryview:
     return memoryview(packed.reshape(-1))
 
 
-def _rows(tensor: Tensor) -> Iterator[Tensor]:
+def _rows(tensor: Tensor, name: str) -> Iterator[Tensor]:
     """Give a tensor of the hub's layout as GGUF means it, some rows at a time."""
     if tensor.dim() == 1:
-        yield tensor.float() + 1.0
+        yield cast(tensor, torch.float32, name) + 1.0
         return
     step = max(1, _CHUNK // (4 * tensor.shape[-1]))
     for first in range(0, tensor.shape[0], step):
@@ -455,7 +484,7 @@ def write(
         with open(temporary, "ab") as file:
             for name, info in infos.items():
                 file.write(bytes(-file.tell() % ALIGNMENT))
-                for rows in _rows(source.read(name)):
+                for rows in _rows(source.read(name), name):
                     file.write(_packed(rows, _kind(info.shape, kind), name))
                 advance(sizes[name])
             file.write(bytes(-file.tell() % ALIGNMENT))

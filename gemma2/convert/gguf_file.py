@@ -240,8 +240,7 @@ class File:
         form = _SCALARS[value.kind]
         (number,) = struct.unpack(form, self._at(value, struct.calcsize(form)))
         if value.kind == 6 and math.isfinite(number):
-            # the shortest decimal that is this float32, so that 1e-6 comes back as 1e-6
-            return float(str(np.float32(number)))
+            return shortest(np.float32(number))
         return float(number) if isinstance(number, float) else int(number)
 
     def _integer(self, key: str, value: Value) -> int:
@@ -333,6 +332,11 @@ class File:
                         f"{self.path}: it has become shorter: {shown(name)} is not there any more"
                     )
                 done += count
+
+
+def shortest(number: np.float32) -> float:
+    """Give the shortest decimal that is this float32, so that 1e-6 comes back as 1e-6."""
+    return float(str(number))
 
 
 def _block_sizes() -> dict[int, tuple[str, int, int]]:

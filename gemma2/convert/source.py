@@ -8,6 +8,7 @@ opened, before a tensor is read, so that all that is wrong comes in one `Checkpo
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -190,6 +191,16 @@ def tokenizer_beside(path: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def stale_files(shards: re.Pattern[str], source: Source) -> re.Pattern[str]:
+    """Give the pattern of an older checkpoint's files that must not stay beside those of `source`.
+
+    These are its `shards`, and what its tokenizer consisted of if `source` has one.
+    """
+    if not source.tokenizer:
+        return shards
+    return re.compile("|".join([shards.pattern, *map(re.escape, TOKENIZER_FILES)]))
+
+
 def generation_of(source: Source) -> GenerationConfig:
     """Give the source's generation settings, or those that follow from its configuration."""
     if source.generation is not None:
@@ -244,16 +255,16 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Give `tensor` in `dtype`, rounded once.
 
     Raises:
-        CheckpointError: a finite value is beyond float16, which ends at 65504.
+        CheckpointError: a finite value is beyond `dtype`, such as float16, which ends at 65504.
     """
     out = tensor.to(dtype)
-    if (
-        dtype == torch.float16 != tensor.dtype
-        and not out.isfinite().all()
-        and tensor.isfinite().all()
-    ):
-        raise CheckpointError(
-            f"{name} reaches {tensor.abs().max().item():.6g}, beyond float16, which ends at 65504: "
-            "convert it to bfloat16 or float32"
-        )
+    end = torch.finfo(dtype).max
+    if end < torch.finfo(tensor.dtype).max:
+        lost = out.isinf() & tensor.isfinite()
+        if lost.any():
+            said = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{name} reaches {tensor[lost].abs().max().item():.6g}, beyond {said}, which ends "
+                f"at {end:.6g}: convert it to a dtype that has such values"
+            )
     return out

@@ -242,6 +242,8 @@ def test_the_one_is_taken_off_norms_of_any_type(tmp_path: Path, kind: Any) -> No
         ({"layer_types": ["full_attention", "full_attention"]}, "layer_types is"),
         ({"attn_logit_softcapping": None}, "attn_logit_softcapping is None"),
         ({"final_logit_softcapping": None}, "final_logit_softcapping is None"),
+        ({"rope_theta": 1234567.891}, r"rope_theta is 1234567\.891: .* takes 1234567\.9"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60: "),
     ],
 )
 def test_a_setting_that_a_reader_would_not_see_is_refused(
@@ -288,6 +290,13 @@ def test_a_disk_that_gives_back_something_else_is_noticed(
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight does not read back"):
         ours.write(MemorySource(config("2b")), tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_beyond_float32_is_told(tmp_path: Path) -> None:
+    source = MemorySource(config("2b"))
+    source.state["model.norm.weight"] = torch.full((72,), 1e300, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight reaches 1e\+300"):
+        ours.write(source, tmp_path / "m.gguf")
 
 
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
@@ -361,6 +370,10 @@ def test_a_given_configuration_must_agree_with_the_file(tmp_path: Path) -> None:
         (lambda w: w.add_array("gemma2.attention.head_count", [4, 4]), "an array of 2 entries"),
         (lambda w: w.add_float32("gemma2.attn_logit_softcapping", float("nan")), "softcapping"),
         (lambda w: w.add_uint32("gemma2.attention.value_length", 7), "value_length is 7"),
+        (lambda w: w.add_string("gemma2.rope.scaling.type", "yarn"), "scaling.type is yarn"),
+        (lambda w: w.add_float32("gemma2.rope.scaling.factor", 8.0), "scaling.factor is 8"),
+        (lambda w: w.add_float32("gemma2.rope.scale_linear", 4.0), "scale_linear is 4"),
+        (lambda w: w.add_uint32("gemma2.rope.dimension_count", 64), "dimension_count is 64"),
         (lambda w: w.add_string("general.architecture", "llama"), "architecture is llama"),
         (lambda w: w.add_uint32("tokenizer.ggml.padding_token_id", 98), "pad_token_id"),
     ],
