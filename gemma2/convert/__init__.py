@@ -25,6 +25,7 @@ from gemma2.weights import DTYPES, SAFE, SAFE_INDEX, CheckpointError, check_fini
 __all__ = ["Report", "convert", "detect"]
 
 LAYOUTS = ("hub", "original", "gguf")
+_FILES = {".ckpt": "original", ".gguf": "gguf"}  # what a file of that name would be
 _ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")
 _SHARD_BYTES = 5 * 10**9
 
@@ -70,6 +71,8 @@ def detect(path: str | os.PathLike[str]) -> str:
             return "original"
         hint = ": give its folder" if path.suffix in (".safetensors", ".json") else ""
         raise CheckpointError(f"{path}: it is neither a GGUF file nor one of torch.save{hint}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: it is neither a file nor a folder")
     check_finished(path)
     if any((path / name).is_file() for name in (SAFE, SAFE_INDEX)):
         return "hub"
@@ -101,8 +104,8 @@ def convert(
 
     Every name, shape and dtype is checked before a tensor is read, tensors go one by one, and what
     was written is read back and compared bit by bit (quantised: within a step) before it gets its
-    name. Interrupted at any moment, `target` is as it was. Tokenizer and generation settings are
-    carried along.
+    name. Interrupted at any moment, `target` is as it was; a folder whose files were just being
+    replaced says so when it is read. Tokenizer and generation settings are carried along.
 
     source: a folder in the hub's layout; Google's ``.ckpt`` or its folder; a ``.gguf`` file; the
         folder of an Orbax checkpoint.
@@ -110,10 +113,10 @@ def convert(
         `target` ends in ``.ckpt``; "gguf" (a file).
     config, size: the configuration, a ``config.json`` or its folder; or "2b", "9b", "27b". Neither:
         the ``config.json`` beside the source, or the published size that has its shapes.
-    dtype: "float32", "bfloat16", "float16", "float64"; for GGUF also "q8_0". None: the source's,
-        bfloat16 for quantised ones.
-    max_shard_size: bytes, or like "5GB". None: 5 GB in the hub's layout; in Google's one file for
-        2B and 9B, and 5 GB a shard for the 27B.
+    dtype: of all weights: "float32", "bfloat16", "float16", "float64"; GGUF: "q8_0", and no
+        "float64". None: that of the source's embedding, bfloat16 for quantised ones.
+    max_shard_size: bytes, or like "5GB"; not for GGUF, which is one file. None: 5 GB in the hub's
+        layout; in Google's one file for 2B and 9B, and 5 GB a shard for the 27B.
     progress: a bar on stderr; None: for more than 1 GB.
     overwrite: replace a checkpoint of the same layout in `target`; other files there stay.
 
@@ -122,7 +125,7 @@ def convert(
             `target` is not what it must be.
         ValueError: an argument that makes no sense; a setting that the layout cannot say.
         CheckpointError: all that is missing, unknown or mis-shaped; a damaged file; values beyond
-            float16.
+            `dtype`.
         ImportError: the library for GGUF or Orbax is not installed.
         OSError: the disk is full, or refused.
     """
@@ -132,6 +135,8 @@ def convert(
         raise ValueError(f"convert: to is {to!r}: it must be one of {', '.join(LAYOUTS)}")
     wanted = None if to == "gguf" else _checked_dtype(dtype)
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    if to == "gguf" and max_shard_size is not None:
+        raise ValueError(f"convert: max_shard_size is {max_shard_size!r}: a GGUF is written whole")
     layout = detect(begin)
     _check_places(begin, end, to, overwrite)
     opened = _open(layout, begin, given_config(begin, config, size))
@@ -200,12 +205,18 @@ def _check_places(source: Path, target: Path, to: str, overwrite: bool) -> None:
     if not target.exists():
         if target.is_symlink():
             raise FileExistsError(f"convert: target is {target}: a link to nothing")
+        meant = _FILES.get(target.suffix, to)
+        if meant != to:
+            raise ValueError(f"convert: target is {target} and to is {to!r}: pass to={meant!r}")
         return
     if to == "gguf" or (to == "original" and original.names_a_file(target)):
         if target.is_dir():
             raise IsADirectoryError(f"convert: target is {target}: a folder, and not a file")
+        if not target.is_file():
+            raise FileExistsError(f"convert: target is {target}: it exists and is no regular file")
         if not overwrite:
             raise FileExistsError(f"convert: target is {target}: it exists: pass overwrite=True")
+        _check_layout(target, to)
         return
     if not target.is_dir():
         raise NotADirectoryError(f"convert: target is {target}: a file, and not a folder")
@@ -213,6 +224,17 @@ def _check_places(source: Path, target: Path, to: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"convert: target is {target}: it is not empty: pass overwrite=True")
+    _check_layout(target, to)
+    other = original.beside_ours(target) if to == "original" else []
+    if other:
+        raise FileExistsError(
+            f"convert: target is {target}: it holds {other[0]}, which would lie beside the new "
+            "checkpoint and might be read in its place: give another folder"
+        )
+
+
+def _check_layout(target: Path, to: str) -> None:
+    """Check that `target` is no checkpoint of another layout; it may be none at all."""
     try:
         held = detect(target)
     except CheckpointError:
@@ -220,7 +242,7 @@ def _check_places(source: Path, target: Path, to: str, overwrite: bool) -> None:
     if held != to:
         raise FileExistsError(
             f"convert: target is {target}: it holds a checkpoint of another layout ({held}), which "
-            "would lie beside the new one: give another folder"
+            "would be replaced or lie beside the new one: give another place"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from torch import Tensor
 from gemma2.checkpoint import check_twins, match
 from gemma2.config import Gemma2Config
 from gemma2.convert.source import (
-    TOKENIZER_FILES,
     Source,
     generation_beside,
     generation_of,
     layout_of,
     parts_of,
+    stale_files,
     tokenizer_beside,
     verify,
 )
@@ -98,7 +97,7 @@ def write(
 
     Raises:
         OSError: the disk is full, or refused; the folder is as it was.
-        CheckpointError: values beyond float16, or the disk gives back something else.
+        CheckpointError: values beyond `dtype`, or the disk gives back something else.
     """
     tensors, size = layout_of({name: info.shape for name, info in source.tensors.items()}, dtype)
     texts = {
@@ -106,11 +105,8 @@ def write(
         GENERATION_CONFIG: generation_text(generation_of(source)),
     }
     check_space(target, size)
-    stale = HUB_SHARD
-    if source.tokenizer:  # what an older tokenizer consisted of must not mix with it
-        stale = re.compile("|".join([HUB_SHARD.pattern, *map(re.escape, TOKENIZER_FILES)]))
     with (
-        staged_folder(target, HUB_ENTRIES, stale) as folder,
+        staged_folder(target, HUB_ENTRIES, stale_files(HUB_SHARD, source)) as folder,
         progress_bar(2 * size, f"Writing {target.name}", progress) as advance,
     ):
         write_hub(

@@ -27,6 +27,7 @@ from gemma2.convert.source import (
     hub_shapes,
     layout_of,
     parts_of,
+    stale_files,
     tokenizer_beside,
     verify,
 )
@@ -225,6 +226,11 @@ def names_a_file(target: Path) -> bool:
     return target.suffix == ".ckpt"
 
 
+def beside_ours(folder: Path) -> list[str]:
+    """Give the names of the files in `folder` that a reader would take, and `write` would leave."""
+    return sorted(file.name for file in folder.glob("*.ckpt") if file.name != ONE_FILE)
+
+
 def is_one_file(config: Gemma2Config, dtype: torch.dtype, shard_bytes: int | None) -> bool:
     """Tell whether a model is written as one file, and not in shards."""
     _, size = layout_of(_shapes(config), dtype)
@@ -252,7 +258,7 @@ def write(
     Raises:
         ValueError: the format cannot say the model, or the model does not go into one file.
         OSError: the disk is full, or refused; the target is as it was.
-        CheckpointError: values beyond float16, or the disk gives back something else.
+        CheckpointError: values beyond `dtype`, or the disk gives back something else.
     """
     config = source.config
     if LM_HEAD in source.tensors:
@@ -287,7 +293,7 @@ def write(
                 write_torch_file(file, {_FREQS: freqs, **tensors}, parts, advance, _STATE)
                 verify(source, open_source(file, config), dtype, advance)
             return [target]
-        with staged_folder(target, _ENTRIES, _SHARD) as folder:
+        with staged_folder(target, _ENTRIES, stale_files(_SHARD, source)) as folder:
             if in_one:
                 everything = {_FREQS: freqs, **tensors}
                 write_torch_file(folder / ONE_FILE, everything, parts, advance, _STATE)

@@ -21,6 +21,7 @@ from gemma2 import convert as package
 from gemma2.convert import convert, detect
 from gemma2.convert import source as sources
 from gemma2.convert.source import hub_shapes
+from gemma2.staging import staged_file
 from gemma2.weights import slots_of
 from tests.model import factories
 
@@ -149,11 +150,34 @@ def test_a_value_beyond_float16_is_told(hub: Path, tmp_path: Path) -> None:
     convert(hub, tmp_path / "new", dtype="float16")
 
 
+@pytest.mark.parametrize(
+    ("value", "held", "dtype"),
+    [
+        (-70000.0, "bfloat16", "float16"),
+        (1e300, "float64", "float32"),
+        (3.4e38, "float32", "bfloat16"),
+    ],
+)
+def test_an_infinity_does_not_hide_a_value_that_becomes_one(
+    value: float, held: str, dtype: str, hub: Path, tmp_path: Path
+) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        norm = tensors["model.norm.weight"].to(getattr(torch, held))
+        norm[0], norm[1], norm[2] = float("inf"), value, float("nan")
+        tensors.update({name: part.to(norm.dtype) for name, part in tensors.items()})
+        tensors["model.norm.weight"] = norm
+
+    change(hub, edit)
+    with pytest.raises(CheckpointError, match=rf"norm\.weight reaches \S+, beyond {dtype}, which"):
+        convert(hub, tmp_path / "new", dtype=dtype)
+
+
 def test_a_bad_argument_is_told_before_anything_is_read(tmp_path: Path) -> None:
     for options, text in (
         ({"to": "onnx"}, "to is 'onnx': it must be one of hub, original, gguf"),
         ({"dtype": "q8_0"}, "dtype is 'q8_0': it must be one of float64, float32"),
         ({"max_shard_size": "5 apples"}, "max_shard_size is '5 apples': it must be"),
+        ({"to": "gguf", "max_shard_size": "5GB"}, "max_shard_size is '5GB': a GGUF is written wh"),
     ):
         with pytest.raises(ValueError, match=text):
             convert(tmp_path / "nothing", tmp_path / "new", **options)  # type: ignore[arg-type]
@@ -240,6 +264,14 @@ def test_files_and_folders_are_not_mistaken(hub: Path, tmp_path: Path) -> None:
         convert(hub, tmp_path / "folder.ckpt", to="original", overwrite=True)
     with pytest.raises(NotADirectoryError, match="file is a file, and no folder"):
         convert(hub, tmp_path / "file" / "far" / "below")
+    with pytest.raises(ValueError, match=r"x\.gguf and to is 'hub': pass to='gguf'"):
+        convert(hub, tmp_path / "x.gguf")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe: it exists and is no regular file"):
+        convert(hub, tmp_path / "pipe", to="gguf", overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(CheckpointError, match="pipe: it is neither a file nor a folder"):
+        convert(tmp_path / "pipe", tmp_path / "new")
 
 
 def test_an_existing_target_must_be_meant(hub: Path, tmp_path: Path) -> None:
@@ -288,6 +320,36 @@ def test_two_layouts_do_not_share_a_folder(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds a checkpoint of another layout \(hub\)"):
         convert(hub, tmp_path / "new", to="original", overwrite=True)
     assert contents(tmp_path / "new") == before
+    convert(hub, tmp_path / "x.ckpt", to="original")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"holds a checkpoint of another layout \(original\)"):
+        convert(hub, tmp_path / "x.ckpt", to="gguf", overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_of_google_s_does_not_stay_beside_the_new_checkpoint(
+    hub: Path, tmp_path: Path
+) -> None:
+    """A reader would take the old file before the new shards."""
+    (tmp_path / "new").mkdir()
+    convert(hub, tmp_path / "new" / "weights.ckpt", to="original")
+    before = contents(tmp_path)
+    for size in (None, "100KB"):
+        with pytest.raises(
+            FileExistsError, match=r"it holds weights\.ckpt, which would lie beside"
+        ):
+            convert(hub, tmp_path / "new", to="original", max_shard_size=size, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["hub", "original"])
+def test_tokenizers_do_not_mix(to: str, hub: Path, tmp_path: Path) -> None:
+    (hub / "tokenizer.json").write_text("{}")
+    convert(hub, tmp_path / "new", to=to)
+    (hub / "tokenizer.json").unlink()
+    (hub / "tokenizer.model").write_text("other")
+    convert(hub, tmp_path / "new", to=to, overwrite=True)
+    assert [item.name for item in (tmp_path / "new").glob("tok*")] == ["tokenizer.model"]
 
 
 @pytest.mark.parametrize(
@@ -364,6 +426,24 @@ def test_ctrl_c_leaves_nothing_behind(
         assert contents(tmp_path) == before
         assert sorted(item.name for item in tmp_path.iterdir()) == ["empty", "hub", "old"]
         assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.ckpt", "model.gguf", "模" * 83 + ".ckpt"], ids=["ckpt", "gguf", "long"]
+)
+def test_what_a_killed_write_of_a_file_has_left_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    target = tmp_path / name
+    with staged_file(target) as one, staged_file(target) as other:
+        assert one != other
+        other.write_text("other")
+        one.write_text("one")
+    assert target.read_text() == "one"
+    one.write_text("left")
+    assert list(tmp_path.glob(f"*{target.suffix}")) == [target]
+    os.utime(one, (0, 0))
+    with staged_file(target) as third:
+        third.write_text("third")
+    assert list(tmp_path.iterdir()) == [target]
 
 
 KILLED = """

@@ -385,8 +385,8 @@ def test_there_and_back_again_is_bit_equal(shape: str, tmp_path: Path) -> None:
 
     hub = (tmp_path / "hub" / "model.safetensors").read_bytes()
     for source in ("one", "alone.ckpt", "shards"):
-        convert(tmp_path / source, tmp_path / f"from {source}", config=config)
-        assert (tmp_path / f"from {source}" / "model.safetensors").read_bytes() == hub
+        convert(tmp_path / source, tmp_path / f"{source} read", config=config)
+        assert (tmp_path / f"{source} read" / "model.safetensors").read_bytes() == hub
 
 
 def test_the_written_file_is_a_sound_archive_with_aligned_tensors(
