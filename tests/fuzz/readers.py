@@ -239,3 +239,6 @@ PLANTED: dict[str, Reader] = {
         "wrong": _gives_wrong_weights,
     }.items()
 }
+PLANTED["planted memory of a tokenizer"] = Reader(
+    lambda: [samples.tokenizer()], ["tokenizer_config.json"], _allocates
+)

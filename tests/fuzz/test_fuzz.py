@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import campaign, samples, worker
-from tests.fuzz.readers import PLANTED, READERS
+from tests.fuzz.readers import PLANTED, READERS, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,7 @@ def test_every_planted_bug_is_reported(tmp_path: Path) -> None:
     assert seen["KeyError"] == {"raises KeyError"}
     assert seen["hang"] == {"HANG"}
     assert seen["wait"] == {"WAITS"}
-    assert seen["memory"] == {"too much memory"}
+    assert seen["memory"] == seen["memory of a tokenizer"] == {"too much memory"}
     assert seen["space"] == {"raises RuntimeError"}  # torch's, for an address space that is spent
     assert seen["crash"] == {"CRASH -11"}
     assert seen["nameless"] == {"names no file"}
@@ -69,6 +69,17 @@ def test_a_healthy_folder_is_read(name: str, tmp_path: Path) -> None:
     for i, folder in enumerate(READERS[name].healthy()):
         samples.write(folder, tmp_path / str(i))
         READERS[name].read(tmp_path / str(i))
+
+
+def test_what_the_tokenizers_library_takes_for_json_is_no_failure(tmp_path: Path) -> None:
+    """Many small values in a decoder of a sequence, which it keeps several times."""
+    files = samples.tokenizer()
+    lists = b'"decoders":[' + b"[]," * 600_000
+    content = bytes(files["tokenizer.json"]).replace(b'"decoders":[', lists)  # type: ignore[arg-type]
+    case = Case("tokenizer", {**files, "tokenizer.json": content}, [])
+    outcome = worker.run(case, tmp_path / "case")
+    assert outcome.kind == worker.REFUSED, outcome
+    assert outcome.memory > 10 * len(content)
 
 
 def test_some_of_the_cases_of_a_campaign() -> None:
