@@ -118,6 +118,16 @@ def test_an_edit_further_back_than_the_snapshots_is_read_from_the_beginning(mode
     assert cache.reprocessed == 60
 
 
+def test_a_snapshot_does_not_bring_back_what_the_full_layers_have_lost(model):
+    cache, ids = new_cache(keep=1), said(200, 0)
+    model.generate(ids, past_key_values=cache, **NEW)
+    (taken,) = cache.snapshots()
+    other = joined(ids[:, :30], said(70, 1))
+    read_by(model, other, cache, max_new_tokens=2)
+    assert cache.snapshots() == [taken]
+    assert read_by(model, ids, cache)[1] == 170, "the first 30 are in both"
+
+
 def test_a_small_edit_before_does_not_cost_the_end_of_the_turn(model):
     """The prompt's snapshot was cropped, so it is of another text, and the first to go."""
     cache, text = new_cache(), said(150, 0)
