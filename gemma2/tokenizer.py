@@ -331,6 +331,13 @@ class Tokenizer:
         return ids
 
     def _encode(self, texts: Sequence[str], add_bos: bool) -> list[list[int]]:
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"encode: {show(text)} has half of a pair of surrogates, which is no character"
+                ) from error
         rows = self._backend.encode(texts)
         if add_bos and self.bos_id is not None:
             rows = [row if row[:1] == [self.bos_id] else [self.bos_id, *row] for row in rows]

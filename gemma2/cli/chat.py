@@ -129,6 +129,13 @@ def _write(name: str, content: dict[str, Any]) -> None:
                 f"{name}: exists and is no conversation: it stays as it is"
             ) from None
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        _replace(path, text)
+    except OSError as error:  # which may name the temporary file, or none
+        raise CommandError(f"{name}: {error.strerror}") from error
+
+
+def _replace(path: Path, text: str) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -258,11 +265,11 @@ class _Chat:
             "settings": conversation.settings(),
             "messages": conversation.messages,
         }
-        _write(name, content)
+        _write(os.path.expanduser(name), content)
         say(f"({len(conversation.messages)} messages in {name})")
 
     def _load(self, name: str) -> None:
-        self.load(_read(name))
+        self.load(_read(os.path.expanduser(name)))
 
     def load(self, found: dict[str, Any]) -> None:
         """Go on with what `_read` found."""

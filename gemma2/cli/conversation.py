@@ -250,7 +250,8 @@ class Conversation:
             TypeError, ValueError: they do not take turns, or the last one has no answer, or the
                 settings make no sense. Nothing has been changed.
         """
-        options = dict(settings or self.settings())
+        given = settings or self.settings()
+        options = {name: value for name, value in given.items() if value is not None}
         seed = options.pop("seed", None)
         unknown = sorted(set(options) - set(SETTINGS))
         if unknown:

@@ -37,7 +37,7 @@ def read_message() -> str:
     Raises:
         EOFError: there is no more.
         KeyboardInterrupt: Ctrl-C.
-        CommandError: it is not UTF-8.
+        CommandError: it is not UTF-8, or ends within \"\"\".
     """
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -55,7 +55,10 @@ def read_message() -> str:
         lines = [line]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(_line(". "))
+            try:
+                lines.append(_line(". "))
+            except EOFError:  # the message is whole without a next line
+                break
     text = "\n".join(lines)
     check_utf8("the message", text)
     return text

@@ -172,6 +172,13 @@ def script(capfd, monkeypatch):
     return run
 
 
+def test_a_backslash_at_the_end_of_the_input_loses_no_message(script, folder):
+    options = ["--model", folder, "--max-new-tokens", 9]
+    whole = script("hello\n", *options)
+    assert whole[1]
+    assert script("hello\\", *options) == script("hello\\\n", *options) == whole
+
+
 def test_a_script_gets_an_object_for_each_answer(script, folder):
     options = ["--model", folder, "--json", "--max-new-tokens", 9]
     code, out, err = script("hello\na b\n/stats\n", *options)
@@ -199,6 +206,20 @@ def test_a_conversation_is_saved_and_goes_on(script, folder, tmp_path):
     assert "(2 messages from" in err
     _, other, _ = script(f"/load {file}\na b\n", "--model", folder, "--greedy")
     assert other != again, "options of the command line go before those of the file"
+
+
+def test_a_conversation_is_saved_at_home(script, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--model", folder, "--max-new-tokens", 2]
+    assert script("hello\n/save ~/talk.json\n/reset\n/load ~/talk.json\n", *options)[0] == 0
+    assert (tmp_path / "talk.json").is_file()
+
+
+def test_a_place_that_cannot_be_written_is_named(script, folder, tmp_path):
+    place = tmp_path / "nowhere" / "talk.json"
+    code, _, err = script(f"hello\n/save {place}\n", "--model", folder, "--max-new-tokens", 2)
+    assert code == 1
+    assert err.splitlines()[-1] == f"gemma2: error: {place}: No such file or directory"
 
 
 def test_saving_replaces_conversations_only_and_never_in_part(

@@ -337,6 +337,13 @@ def test_a_conversation_goes_on_from_its_messages(talk):
     assert "".join(other.ask_again()) != text
 
 
+def test_a_setting_that_is_null_is_none(talk):
+    conversation = talk()
+    conversation.replay([], {"max_new_tokens": None, "temperature": None})
+    assert conversation.options == {"max_new_tokens": 20}
+    answer(conversation, "hello")
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "text"),
     [
@@ -346,6 +353,7 @@ def test_a_conversation_goes_on_from_its_messages(talk):
         ([], {"temprature": 1}, "there is no setting 'temprature'"),
         ([], {"temperature": -1}, "temperature is -1"),
         ([], {"seed": 1.5}, "the seed is 1.5"),
+        ([{"role": "user", "content": "\ud800"}], {}, "half of a pair of surrogates"),
     ],
 )
 def test_what_is_no_conversation_is_refused_and_changes_nothing(talk, messages, options, text):
