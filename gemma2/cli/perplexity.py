@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from gemma2.cli.shared import (
     device_of,
     load_causal_lm,
     per_second,
+    say,
     set_threads,
-    texts_of,
 )
 
 __all__ = ["add"]
@@ -56,6 +57,9 @@ def _run(args: argparse.Namespace) -> None:
     text = _text(args.file)
     set_threads(args)
     model, tokenizer = load_causal_lm(args, device_of(args))
+    most = model.config.max_position_embeddings
+    if args.context and args.context > most:
+        say(f"gemma2: warning: --context {args.context}: the model was made for {most} tokens")
     from tqdm import tqdm
 
     from gemma2.evaluation import perplexity
@@ -91,20 +95,22 @@ def _run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(report), flush=True)
         return
+    windows = "1 window" if found.windows == 1 else f"{found.windows} windows"
     print(
         f"perplexity {found.perplexity:.4f}, {bits:.4f} bits per byte\n"
-        f"{found.tokens} tokens, {size} bytes; {found.windows} windows of up to {found.context} "
+        f"{found.tokens} tokens, {size} bytes; {windows} of up to {found.context} "
         f"tokens, stride {found.stride}; {found.read} tokens read in {seconds:.1f} s, "
         f"{per_second(found.read, seconds):.0f} tokens/s",
         flush=True,
     )
 
 
-def _text(name: str) -> str:
-    if name == "-":
-        return texts_of(["-"])[0]
+def _text(file: str) -> str:
+    """Give the text with all its bytes: ends of lines count, too."""
+    name = "stdin" if file == "-" else file
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CommandError(f"{name} is not UTF-8: byte {error.start}: {error.reason}") from error
     if not text:

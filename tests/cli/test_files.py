@@ -76,7 +76,7 @@ def test_the_default_is_the_context_of_the_model_and_half_of_it(command, folder,
     ("content", "text"),
     [(None, "No such file"), (b"", "is empty"), (b"a\xff", "is not UTF-8: byte 1")],
 )
-def test_what_is_no_text_ends_with_one_line(command, folder, tmp_path, content, text):
+def test_what_is_no_text_ends_with_one_line(command, folder, tmp_path, monkeypatch, content, text):
     file = tmp_path / "text.txt"
     if content is not None:
         file.write_bytes(content)
@@ -86,6 +86,34 @@ def test_what_is_no_text_ends_with_one_line(command, folder, tmp_path, content, 
     assert line.startswith("gemma2: error: ")
     assert text in line
     assert str(file) in line
+    if content is not None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert (
+            command("perplexity", "--model", folder, "-")[2]
+            == line.replace(str(file), "stdin") + "\n"
+        )
+
+
+def test_all_bytes_of_a_text_count_wherever_it_comes_from(command, folder, tmp_path, monkeypatch):
+    data = "a\r\nb\rgröße\n\n".encode()
+    file = tmp_path / "text.txt"
+    file.write_bytes(data)
+    ids = gemma2.Tokenizer.from_pretrained(folder).encode(
+        data.decode(), add_bos=False, allow_special=False
+    )
+    for name in (file, "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        report = json.loads(command("perplexity", "--json", "--model", folder, name)[1])
+        assert (report["bytes"], report["tokens"]) == (len(data), len(ids))
+
+
+def test_a_context_beyond_the_models_is_pointed_out(command, folder, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    code, out, err = command("perplexity", "--model", folder, "--context", 9000, file)
+    assert code == 0
+    assert "1 window of up to 9000" in out
+    assert err == "gemma2: warning: --context 9000: the model was made for 8192 tokens\n"
 
 
 # ---- convert ------------------------------------------------------------------------------------
