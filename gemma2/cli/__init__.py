@@ -85,13 +85,21 @@ def _fail(error: Exception, debug: bool) -> int:
     if not isinstance(error, ours):
         text = f"{type(error).__name__}: {text}"
     say(f"gemma2: error: {text}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
     return 1
+
+
+def _drop_output() -> None:
+    """Give up what could not be written: Python tries again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave_pipe() -> NoReturn:
     """End quietly after the reader of our output has gone, as in `gemma2 ... | head`."""
-    # Python flushes stdout when it ends, which would fail again
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
     raise SystemExit(0)
 
 
@@ -101,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: wrong usage (2), --help and --version (0), a closed pipe.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # a terminal that cannot show a letter shows a question mark instead of ending us
         with contextlib.suppress(AttributeError, OSError):
@@ -109,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings():
             args.run(args)
+        sys.stdout.flush()  # while an error can still be told
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -17,6 +17,7 @@ from gemma2.cli.options import (
     weights_options,
 )
 from gemma2.cli.shared import device_of, load_causal_lm, per_second, say, set_threads, texts_of
+from gemma2.cli.terminal import answer_view
 
 if TYPE_CHECKING:
     import torch
@@ -143,21 +144,9 @@ def _write(
 
     decoder = tokenizer.decode_stream()
     ends = set(model.generation_config.eos_token_ids)
+    view = answer_view(plain=True, silent=not print_text)()
     pieces: list[str] = []
     new: list[int] = []
-    started = False
-
-    def show(piece: str) -> None:
-        # the space between prompt and text is of no use at the beginning of a line
-        nonlocal started
-        piece = piece if started else piece.lstrip()
-        if not piece:
-            return
-        started = True
-        pieces.append(piece)
-        if print_text:
-            print(piece, end="", flush=True)
-
     prompt = torch.tensor([ids], device=model.device)
     start = time.perf_counter()
     first = start
@@ -166,15 +155,19 @@ def _write(
             if not new:
                 first = time.perf_counter()
             new.append(token)
-            show(decoder.put(token))
-        show(decoder.end())
-    finally:
-        if print_text:
-            print(flush=True)
+            pieces.append(decoder.put(token))
+            view.put(pieces[-1])
+        pieces.append(decoder.end())
+        view.put(pieces[-1])
+    except BaseException:
+        if any(pieces):
+            view.end()
+        raise
+    view.end()
     end = time.perf_counter()
     together = "num_beams" in options  # all tokens come at once, in the end
     return {
-        "text": "".join(pieces),
+        "text": "".join(pieces).lstrip(),
         "tokens": new,
         "finish_reason": _reason(new, ends, options["max_new_tokens"]),
         "seed": seed,

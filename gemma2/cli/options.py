@@ -46,6 +46,8 @@ def number(kind: type, least: float, most: float, wanted: str) -> Callable[[str]
 
 
 count = number(int, 1, INF, "a whole number of at least 1")
+# libgomp crashes where the system gives it no more threads
+threads = number(int, 1, 4096, "a whole number from 1 to 4096")
 
 
 class Commands:
@@ -56,7 +58,9 @@ class Commands:
         self._common = argparse.ArgumentParser(add_help=False)
         group = self._common.add_argument_group("general")
         group.add_argument("--json", action="store_true", help="machine-readable output")
-        group.add_argument("--threads", type=count, metavar="N", help="threads to use (all cores)")
+        group.add_argument(
+            "--threads", type=threads, metavar="N", help="threads to use (all cores)"
+        )
         group.add_argument("--debug", action="store_true", help="show where an error comes from")
 
     def add(

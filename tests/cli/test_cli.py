@@ -266,6 +266,44 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(endless):
     assert (running.wait(timeout=120), err) == (0, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "words", [["info", "--size", "2b"], ["generate", "bird"]], ids=lambda w: w[0]
+)
+def test_output_that_cannot_be_written_ends_with_one_line(words):
+    """Python buffers what goes to a file, and would fail only when it ends, in its own words."""
+    with open("/dev/full", "wb") as full:
+        running = process(*words, stdout=full, env={"PYTHONUNBUFFERED": ""})
+        _, err = running.communicate(timeout=120)
+    assert running.returncode == 1
+    assert err.decode().splitlines() == ["gemma2: error: [Errno 28] No space left on device"]
+
+
+def test_a_reader_that_is_gone_before_anything_is_written_is_no_error():
+    there, here = os.pipe()
+    os.close(there)
+    running = process("info", "--size", "2b", stdout=here, env={"PYTHONUNBUFFERED": ""})
+    os.close(here)
+    _, err = running.communicate(timeout=120)
+    assert (running.returncode, err) == (0, b"")
+
+
+def test_closed_streams_are_empty_ones():
+    command = [sys.executable, "-m", "gemma2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words, code in (
+        ("generate --max-new-tokens 2 bird <&- >&-", 0),
+        ("generate - <&-", 1),
+        ("chat <&-", 0),
+    ):
+        line = " ".join([*command, words])
+        done = subprocess.run(
+            ["sh", "-c", line], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr == ("gemma2: error: stdin is empty\n" if code else "")
+
+
 def test_ctrl_c_ends_with_130_and_keeps_what_was_written(endless):
     running = process("generate", "--model", endless, "--max-new-tokens", "100000", "bird")
     assert running.stdout.read(1)
@@ -448,6 +486,7 @@ WRONG_USAGE = [
     ["generate", "--raw", "--model", "folder", "x"],
     ["generate", "--dtype", "int8", "x"],
     ["generate", "--threads", "0", "x"],
+    ["generate", "--threads", "100000", "x"],
     ["classify", "--top", "0", "x"],
     ["info", "--size", "3b"],
     ["info", "--size", "2b", "--model", "folder"],
@@ -488,6 +527,10 @@ def failing(tmp_path: Path, folder: str) -> dict[str, tuple[list[str], str]]:
         "bench of an empty folder": (["bench", "--model", str(empty)], "tokenizer.json"),
         "an empty text": (["generate", "--model", folder, " "], "TEXT is empty"),
         "not UTF-8": (["generate", "--model", folder, "a\udcff"], "TEXT is not UTF-8"),
+        "too many tokens": (
+            ["generate", "--model", folder, "--max-new-tokens", "1" * 20, "x"],
+            "max_new_tokens is 1",
+        ),
         "no chat": (["generate", "--model", folder, "--chat", "x"], "<start_of_turn>"),
     }
 
@@ -504,6 +547,7 @@ def failing(tmp_path: Path, folder: str) -> dict[str, tuple[list[str], str]]:
         "bench of an empty folder",
         "an empty text",
         "not UTF-8",
+        "too many tokens",
         "no chat",
     ],
 )
