@@ -54,12 +54,10 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     begin = tiny.load_tokenizer().encode(tiny.prompt(word))
     whole, ids = model(case["dtype"]).to(device), torch.tensor([begin], device=device)
     if "lookup" in case:
-        count = case["lookup"]
-        help: dict[str, Any] = {"prompt_lookup_num_tokens": count}
+        help: dict[str, Any] = {"prompt_lookup_num_tokens": case["lookup"]}
     else:
-        count = 5
         help = {"assistant_model": first_layers(case["dtype"], case["layers"]).to(device)}
-        help["num_assistant_tokens"] = count
+        help["num_assistant_tokens"] = 5
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "eos_token_id": []}
     calls: list[int] = []
 
@@ -70,12 +68,13 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     text = whole.generate(ids, **options, **help)
     hook.remove()
     steps = len(calls) - 1  # the first one reads the prompt
+    drafted = sum(calls[1:]) - steps
     differ = (text != whole.generate(ids, **options))[0, ids.shape[1] :]
     return {
         "ours": lambda: whole.generate(ids, **options, **help),
         "alone": lambda: whole.generate(ids, **options),
         "tokens": new,
         "same tokens": int((differ.cumsum(0) == 0).sum()),
-        "accepted": round((new - 1 - steps) / (steps * count), 2),
+        "accepted": round((new - 1 - steps) / drafted, 2),
         "tokens a call": round((new - 1) / steps, 2),
     }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gemma2.generation.run import Run
 from gemma2.generation.step import Step
+from gemma2.ring import readable
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
@@ -32,6 +33,10 @@ class AssistedStep(Step):
 
     Rows keep different numbers of them. All rows are written to the caches, those that have ended
     too, and the lengths are put back: the caches have room and margin for that.
+
+    Where the host can look, it drafts no more tokens than promise to be right: twice as many after
+    a step in which all were, one more than were right after others. A wrong one costs its share of
+    a call. On a device each step drafts as many as it may, for the host must not wait.
     """
 
     def __init__(self, model: GenerationMixin, run: Run) -> None:
@@ -39,6 +44,7 @@ class AssistedStep(Step):
         assert run.sampler.text is not None
         super().__init__(model, run, run.draft.count + 1)
         self.draft, self.text = run.draft, run.sampler.text
+        self.ahead = run.draft.count  # tokens that the next step drafts
 
     def __call__(self) -> None:
         """Append at least one token to every row that has not ended."""
@@ -52,6 +58,10 @@ class AssistedStep(Step):
             cache.rewind(before, self.run.longest)  # to the text as it is
             raise
         cache.rewind(before + new, self.run.longest)
+        if readable(new):
+            accepted = int(new.max()) - 1
+            hoped = 2 * self.ahead if accepted == self.ahead else max(accepted, 0) + 1
+            self.ahead = min(hoped, self.draft.count)
 
     def _draft_by_model(self, before: Tensor) -> Tensor:
         """Give the draft model's continuation, int64 [N, k]."""
@@ -62,7 +72,7 @@ class AssistedStep(Step):
         last = sampler.lengths + self.count - 1
         ids = self.text.gather(1, torch.stack([last - 1, last], dim=1))
         drafts = []
-        for ahead in range(self.draft.count):
+        for ahead in range(self.ahead):
             logits = reading.model(
                 input_ids=ids, past_key_values=reading.cache, use_cache=True, logits_to_keep=1
             ).logits
@@ -78,7 +88,7 @@ class AssistedStep(Step):
     def _draft_by_text(self) -> Tensor:
         """Give what followed where the text's end occurred before, int64 [N, k]."""
         known = self.run.sampler.lengths + self.count
-        return look_up(self.text, known, self.draft.count, self.draft.ngram)
+        return look_up(self.text, known, self.ahead, self.draft.ngram)
 
     def _check(self, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """Give the tokens drawn by the model [N, k + 1], and which stand after right ones only."""

@@ -181,9 +181,9 @@ class GenerationConfig:
     return_dict_in_generate: give a `GenerateOutput` in place of the sequences.
     output_scores, output_logits: with it, keep what each token was chosen from.
     prefill_chunk_size: prompt tokens read at a time; None: 2048.
-    num_assistant_tokens: tokens that an assistant_model drafts at a time.
-    prompt_lookup_num_tokens: tokens drafted at a time by looking up in prompt and text how their
-        end went on when it occurred before; None: none are. The text stays the same.
+    num_assistant_tokens: tokens that an assistant_model drafts at a time, at most.
+    prompt_lookup_num_tokens: tokens drafted at a time, at most, by looking up in prompt and text how
+        their end went on when it occurred before; None: none are. The text stays the same.
     max_matching_ngram_size: tokens of the end that are looked up, at most.
     bos_token_id, eos_token_id, pad_token_id: special tokens; several ends of text may be given as a
         list, an empty list generates on regardless.

@@ -20,6 +20,7 @@ from gemma2.generation.assisted import AssistedStep
 from gemma2.generation.graph import GraphedStep
 from gemma2.generation.run import Reading, Run
 from gemma2.generation.step import NO_TOKEN, Step
+from gemma2.modes import switch
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
