@@ -185,7 +185,7 @@ def load_state_dict_into(
         )
         wanted_dtype = largest.dtype
     assert wanted_dtype is not None
-    lost: dict[str, Tensor] = {}  # what a conversion to float16 has made infinite, bool [] each
+    narrowed: dict[str, tuple[Tensor, torch.dtype]] = {}  # the extremes are finite, and the dtype
 
     total = sum(slot.tensor.numel() for slot in filled) * wanted_dtype.itemsize
     with (
@@ -198,12 +198,13 @@ def load_state_dict_into(
             source = weights.read(slot.source)
             source = source.to(where if slot.tensor.is_meta else slot.tensor.device)
             target = _filled(slot.tensor, source, wanted_dtype)
-            if target.dtype == torch.float16 != source.dtype:
-                lost[slot.source] = source.isfinite().all() & ~target.isfinite().all()
+            if _narrows(source.dtype, target.dtype) and target.numel():
+                finite = torch.stack(target.aminmax()).isfinite().all()
+                narrowed[slot.source] = (finite, target.dtype)
             del source
             _place(model, slot, target)
             advance(target.numel() * target.element_size())
-        _check_overflow(lost, weights)
+        _check_overflow(narrowed, weights)
         if fresh:
             _initialise(model, fresh, wanted_dtype, where)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -313,17 +314,31 @@ def _filled(tensor: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(source.shape, dtype=dtype, device=source.device).copy_(source)
 
 
-def _check_overflow(lost: dict[str, Tensor], weights: Weights) -> None:
-    """Check that no conversion to float16, which ends at 65504, lost a value; waits only once."""
-    if not lost:
+def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
+    return torch.finfo(target).max < torch.finfo(source).max
+
+
+def _check_overflow(narrowed: dict[str, tuple[Tensor, torch.dtype]], weights: Weights) -> None:
+    """Check that no conversion, such as to float16, which ends at 65504, lost a finite value.
+
+    Waits for the device once. Weights that are not finite after it are read again.
+    """
+    if not narrowed:
         return
-    device = next(iter(lost.values())).device
-    found = torch.stack([flag.to(device) for flag in lost.values()]).tolist()
-    for name, is_lost in zip(lost, found, strict=True):
-        if is_lost:
+    device = next(iter(narrowed.values()))[0].device
+    finite = torch.stack([flag.to(device) for flag, _ in narrowed.values()]).tolist()
+    for (name, (_, dtype)), is_finite in zip(narrowed.items(), finite, strict=True):
+        if is_finite:
+            continue
+        source = weights.read(name)
+        lost = source[source.isfinite() & source.to(dtype).isinf()]
+        if lost.numel():
+            said, advice = str(dtype).removeprefix("torch."), "in its own dtype"
+            if dtype == torch.float16:
+                advice = "as bfloat16 or float32"
             raise CheckpointError(
-                f"{weights.entry}: {name} reaches {weights.read(name).abs().max().item():.6g}, "
-                "beyond float16: load it as bfloat16 or float32"
+                f"{weights.entry}: {name} reaches {lost.abs().max().item():.6g}, beyond {said}: "
+                f"load it {advice}"
             )
 
 

@@ -199,12 +199,39 @@ def test_another_dtype_is_refused(folder: Path, dtype: Any) -> None:
         Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def test_a_value_beyond_float16_is_told_and_not_made_infinite(folder: Path) -> None:
-    rewrite(folder, lambda t: t[NORM].fill_(1e6))
-    with pytest.raises(
-        CheckpointError, match=r"model\.norm\.weight reaches 1e\+06, beyond float16"
-    ):
-        Gemma2ForCausalLM.from_pretrained(folder, dtype="float16")
+@pytest.mark.parametrize("beside", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value"),
+    [
+        (torch.float32, "float16", 1e6),
+        (torch.bfloat16, "float16", -70144.0),
+        (torch.float32, "bfloat16", 3.4e38),
+        (torch.float64, "float32", -1e300),
+    ],
+)
+def test_a_value_beyond_the_dtype_is_told_and_not_made_infinite(
+    folder: Path, stored: torch.dtype, dtype: str, value: float, beside: float
+) -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights[NORM] = torch.zeros_like(weights[NORM], dtype=stored)
+        weights[NORM][3], weights[NORM][5] = value, beside
+
+    rewrite(folder, change)
+    said = rf"model\.norm\.weight reaches {abs(value):.6g}, beyond {dtype}: load".replace(
+        "+", r"\+"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        Gemma2ForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def test_infinities_and_nan_of_a_file_are_loaded_as_they_are(folder: Path) -> None:
+    def change(weights: dict[str, Tensor]) -> None:
+        weights[NORM][3], weights[NORM][5] = float("-inf"), float("nan")
+
+    rewrite(folder, change)
+    norm = Gemma2ForCausalLM.from_pretrained(folder, dtype="float16").model.norm.weight
+    assert norm[3] == float("-inf")
+    assert norm.isnan().tolist() == [i == 5 for i in range(len(norm))]
 
 
 def test_settings_can_be_replaced_at_loading(folder: Path) -> None:
