@@ -79,7 +79,7 @@ class HybridCache(Cache):
             query: the call's columns, or (transformers 4) their numbers, int64 [S].
         """
         offset = Offset(0)
-        offset.cache = self
+        offset.lay_out = self.lay_out
         columns = query.shape[0] if isinstance(query, Tensor) else query
         return self._columns + columns, offset
 
@@ -125,7 +125,7 @@ class HybridCache(Cache):
         """Store a layer's new keys and values [B, Hkv, S, D] and give what attention reads.
 
         Raises:
-            ValueError: the call has not gone through this module's masks, or there is no room.
+            ValueError: the call has not gone through our masks, or there is no room.
         """
         call, inner = self._call, self.inner
         k, v = key_states, value_states

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,6 @@ from torch import Tensor
 from gemma2 import ops
 from gemma2.masking import Layout
 from gemma2.ring import LayerCache
-
-if TYPE_CHECKING:
-    from gemma2.integrations.transformers.cache import HybridCache
 
 NAME = "gemma2"
 
@@ -25,12 +23,6 @@ def check_model(kind: str | None) -> None:
             f'attn_implementation: "gemma2" serves Gemma 2 models, this is "{kind}": load it with '
             'attn_implementation="sdpa" or "eager"'
         )
-
-
-class Offset(int):
-    """0, the number of the first column, with the cache that gave it to transformers' masks."""
-
-    cache: HybridCache
 
 
 @dataclass(eq=False)
@@ -87,3 +79,12 @@ class Rows:
             if name in ("q_start", "kv_len", "kv_start", "k_base")
         }
         return replace(self, **moved)
+
+
+class Offset(int):
+    """0, the number of the first column, as a HybridCache gives it to transformers' masks.
+
+    lay_out: that cache's answer to (rows, columns, mask bool [B, columns so far], window, device).
+    """
+
+    lay_out: Callable[[int, int, Tensor | None, int, torch.device], Rows]

@@ -53,7 +53,7 @@ def attention_mask(
     known, packed = _read(mask_function, local_size)
     known = known and not use_vmap  # transformers 5 says so of functions of the caller's
     if known and isinstance(kv_offset, Offset):
-        return kv_offset.cache.lay_out(batch_size, q_length, attention_mask, window, device)
+        return kv_offset.lay_out(batch_size, q_length, attention_mask, window, device)
     if known and cache_position is not None and readable(cache_position):
         known = bool((cache_position.diff() == 1).all())
     start = torch.zeros(batch_size, dtype=torch.int64, device=device)

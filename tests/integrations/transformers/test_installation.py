@@ -11,9 +11,17 @@ import pytest
 import transformers
 
 
-def test_without_transformers_the_import_says_what_is_missing() -> None:
+@pytest.mark.parametrize(
+    "state",
+    [
+        "import sys; sys.modules['transformers'] = None",
+        "from transformers import cache_utils as c; del c.CacheLayerMixin",
+    ],
+    ids=["none", "too old"],
+)
+def test_without_transformers_the_import_says_what_is_missing(state: str) -> None:
     code = (
-        "import sys; sys.modules['transformers'] = None\n"
+        f"{state}\n"
         "import gemma2\n"
         "try: import gemma2.integrations.transformers\n"
         "except ImportError as error: print(error)\n"
