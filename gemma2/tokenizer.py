@@ -46,6 +46,13 @@ class _Backend(Protocol):
     def save(self, path: Path) -> None: ...
 
 
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    said = str(error)
+    if len(said) > 1000:  # it may repeat what is in the file
+        said = f"{said[:1000]}... ({len(said)} characters)"
+    return ValueError(f"{path}: not a readable tokenizer: {said}")
+
+
 class _TokenizersBackend:
     file = TOKENIZER_JSON
 
@@ -55,7 +62,7 @@ class _TokenizersBackend:
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{path}: not a readable tokenizer: {error}") from error
+            raise _unreadable(path, error) from error
         # A file may ask for these; then a long prompt would lose its end without a word.
         self._library.no_truncation()
         self._library.no_padding()
@@ -100,7 +107,7 @@ class _SentencePieceBackend:
         try:
             self._library = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: not a readable tokenizer: {error}") from error
+            raise _unreadable(path, error) from error
         # sentencepiece itself takes control tokens in a text for plain letters
         self._control = {
             self._library.id_to_piece(i): i

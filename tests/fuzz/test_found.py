@@ -215,6 +215,18 @@ def test_a_generation_setting_is_shown_short_and_a_mapping_is_no_list() -> None:
         GenerationConfig.from_dict({"eos_token_id": {}})
 
 
+def test_an_error_of_the_tokenizers_library_is_told_short(tmp_path: Path) -> None:
+    """It repeats a string that stands in the wrong place, all of it."""
+    files = samples.tokenizer()
+    content = json.loads(files["tokenizer.json"])
+    content["model"]["vocab"] = "x" * 1_000_000
+    samples.write({**files, "tokenizer.json": json.dumps(content).encode()}, tmp_path / "model")
+    with pytest.raises(ValueError, match="invalid type: string") as caught:
+        Tokenizer.from_pretrained(tmp_path / "model")
+    assert str(caught.value).startswith(str(tmp_path / "model" / "tokenizer.json"))
+    assert len(str(caught.value)) < 2000
+
+
 # ---- others -------------------------------------------------------------------------------------
 
 
