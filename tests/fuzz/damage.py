@@ -398,7 +398,7 @@ def archive(draw: st.DrawFn, content: bytes, said: Said, nested: str | None = No
             entries[i] = (name, draw(st.sampled_from(BYTES))(draw, old, said))
         elif action == "rename":
             other = draw(
-                st.sampled_from(["x", "../x", "archive/data/0", "", "/data.pkl", "a" * 60_000])
+                st.sampled_from(["x", "../x", "archive/data/0", "/data.pkl", "a" * 60_000])
             )
             entries[i] = (other, old)
         else:
@@ -454,10 +454,14 @@ def one(draw: st.DrawFn, folder: Folder, focus: list[str], said: Said) -> None:
     content = folder[name]
     if not isinstance(content, bytes):
         return
+    healthy = not said
     said.append(name)
     try:
         folder[name] = _by_format(draw, name, content, said)
-    except Exception:  # a second damage may find nothing of the format left
+    except Exception:
+        if healthy:
+            raise
+        # a damage before this one has left nothing of the format
         folder[name] = draw(st.sampled_from(BYTES))(draw, content, said)
 
 
