@@ -193,21 +193,15 @@ class Conversation:
             self._begun = False
             steps.close()  # type: ignore[attr-defined]  # a generator
         end = time.perf_counter()
-        if tokens[-1] in self._ends:
-            reason = "end"
-        elif len(tokens) < most:
-            reason = "stopped"
-        else:
-            reason = "length" if most < room else "context"
-        self.ids = self._closed(prompt, tokens)
         text = "".join(pieces) + decoder.end()
+        self.ids = self._closed(prompt, tokens)
         self.messages = [*messages, {"role": "assistant", "content": text.strip()}]
         self._answers = [*answers, len(prompt)]
         self.written += 1
         self.last = {
             "text": text,
             "tokens": tokens,
-            "finish_reason": reason,
+            "finish_reason": self._reason(tokens, most, room),
             "seed": seed,
             "prompt_tokens": len(prompt),
             "prompt_tokens_read": read,
@@ -215,6 +209,14 @@ class Conversation:
             "prefill_tokens_per_s": per_second(read, first - start),
             "decode_tokens_per_s": per_second(len(tokens) - 1, end - first),
         }
+
+    def _reason(self, tokens: Sequence[int], most: int, room: int) -> str:
+        """Tell why an answer of these tokens has ended; `most` were allowed, for `room` is room."""
+        if tokens[-1] in self._ends:
+            return "end"
+        if len(tokens) < most:
+            return "stopped"
+        return "length" if most < room else "context"
 
     # ---- what is known of it --------------------------------------------------------------------
 

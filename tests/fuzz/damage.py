@@ -344,6 +344,30 @@ def _fields(draw: st.DrawFn, content: bytes, said: Said) -> bytes:
     return content[:at] + struct.pack("<" + width, value) + content[at + size :]
 
 
+def _entry(
+    draw: st.DrawFn, entries: list[tuple[str, bytes]], said: Said
+) -> list[tuple[str, bytes]]:
+    """Remove one of the archive's entries, repeat, damage or rename it, or lie of the byte order."""
+    i = draw(st.integers(0, len(entries) - 1))
+    name, old = entries[i]
+    action = draw(st.sampled_from(["remove", "repeat", "damage", "rename", "big endian"]))
+    said.append(f"{action} {name}")
+    if action == "remove":
+        del entries[i]
+    elif action == "repeat":
+        entries.insert(draw(st.integers(0, len(entries))), (name, old[::-1]))
+    elif action == "damage":
+        entries[i] = (name, draw(st.sampled_from(BYTES))(draw, old, said))
+    elif action == "rename":
+        other = draw(st.sampled_from(["x", "../x", "archive/data/0", "/data.pkl", "a" * 60_000]))
+        entries[i] = (other, old)
+    else:
+        root = entries[0][0].partition("/")[0]
+        entries = [(name, text) for name, text in entries if not name.endswith("/byteorder")]
+        entries.append((f"{root}/byteorder", draw(st.sampled_from([b"big", b"", b"middle"]))))
+    return entries
+
+
 def archive(draw: st.DrawFn, content: bytes, said: Said, nested: str | None = None) -> bytes:
     what = draw(
         st.sampled_from(
@@ -386,25 +410,7 @@ def archive(draw: st.DrawFn, content: bytes, said: Said, nested: str | None = No
         said.append(which)
         entries[of_pickle] = (name, _wild_pickles()[which])
     else:
-        i = draw(st.integers(0, len(entries) - 1))
-        name, old = entries[i]
-        action = draw(st.sampled_from(["remove", "repeat", "damage", "rename", "big endian"]))
-        said.append(f"{action} {name}")
-        if action == "remove":
-            del entries[i]
-        elif action == "repeat":
-            entries.insert(draw(st.integers(0, len(entries))), (name, old[::-1]))
-        elif action == "damage":
-            entries[i] = (name, draw(st.sampled_from(BYTES))(draw, old, said))
-        elif action == "rename":
-            other = draw(
-                st.sampled_from(["x", "../x", "archive/data/0", "/data.pkl", "a" * 60_000])
-            )
-            entries[i] = (other, old)
-        else:
-            root = entries[0][0].partition("/")[0]
-            entries = [(name, text) for name, text in entries if not name.endswith("/byteorder")]
-            entries.append((f"{root}/byteorder", draw(st.sampled_from([b"big", b"", b"middle"]))))
+        entries = _entry(draw, entries, said)
     return _repacked(entries)
 
 
