@@ -46,7 +46,7 @@ class _Backend(Protocol):
     def save(self, path: Path) -> None: ...
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Path, error: BaseException) -> ValueError:
     said = str(error)
     if len(said) > 1000:  # it may repeat what is in the file
         said = f"{said[:1000]}... ({len(said)} characters)"
@@ -61,7 +61,10 @@ class _TokenizersBackend:
 
         try:
             self._library = Library.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
+        except BaseException as error:
+            # The library raises Exception itself, and where it panics what is not even that.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise _unreadable(path, error) from error
         # A file may ask for these; then a long prompt would lose its end without a word.
         self._library.no_truncation()

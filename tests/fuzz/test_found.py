@@ -227,6 +227,34 @@ def test_an_error_of_the_tokenizers_library_is_told_short(tmp_path: Path) -> Non
     assert len(str(caught.value)) < 2000
 
 
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path: Path) -> None:
+    """Rust's panics are no Exception in Python, and would end a program that handles errors."""
+    files = samples.tokenizer()
+    content = json.loads(files["tokenizer.json"])
+    content["model"]["continuing_subword_prefix"] = "CON"  # longer than what it cuts it off
+    samples.write({**files, "tokenizer.json": json.dumps(content).encode()}, tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: not a readable tokenizer: byte index 3"
+    ):
+        Tokenizer.from_pretrained(tmp_path / "model")
+
+
+def test_ctrl_c_while_a_tokenizer_is_read_is_not_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tokenizers
+
+    class Library:
+        @staticmethod
+        def from_file(path: str) -> None:
+            raise KeyboardInterrupt
+
+    samples.write(samples.tokenizer(), tmp_path / "model")
+    monkeypatch.setattr(tokenizers, "Tokenizer", Library)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.from_pretrained(tmp_path / "model")
+
+
 # ---- others -------------------------------------------------------------------------------------
 
 
