@@ -118,9 +118,9 @@ class HybridCache:
     def _make_counters(self, device: torch.device) -> None:
         with torch.inference_mode(False):
             lengths = torch.zeros(self.max_batch_size, dtype=torch.int64, device=device)
-            self.lengths = keep_address(lengths)
             # one more than the highest position written since reset, [B]
-            self._written = keep_address(torch.zeros_like(lengths))
+            written = torch.zeros_like(lengths)
+            self.lengths, self._written = keep_address(lengths), keep_address(written)
 
     # ---- one forward call -----------------------------------------------------------------------
 
@@ -414,7 +414,6 @@ class HybridCache:
                 f"reorder: beam_idx is {beam_idx.tolist()}: rows are numbered 0 to {rows - 1}"
             )
 
-        text, self.text = self.text, None
         snapshots = [*self._kept, *self._snapshots]
         # slots beyond hold nothing that any row, now or after restore(), has a token in
         used = max([self._longest_row(), *(taken.longest for taken in snapshots)])
@@ -433,6 +432,7 @@ class HybridCache:
             for row, its in zip(moved, content, strict=True):
                 tensor[row] = its
 
+        text, self.text = self.text, None
         try:
             for layer in self.layers:
                 permute(None if layer.k is None else layer.k[:, :, :used])
@@ -443,16 +443,16 @@ class HybridCache:
                 permute(snapshot.source)
                 permute(snapshot._lowest_write)
             permute(self.lengths)
+            if readable(beam_idx):
+                if text is not None:
+                    rows_from = [*beam_idx.tolist(), *range(beam_idx.shape[0], len(text))]
+                    self.text = [text[i] if i < len(text) else [] for i in rows_from]
+                if readable(self.lengths):
+                    self.settle(int(self.lengths.max()))
         except BaseException:
             self.text = text
             self.forget(beam_idx.shape[0])  # some layers hold other rows than others
             raise
-        if readable(beam_idx):
-            if text is not None:
-                rows_from = [*beam_idx.tolist(), *range(beam_idx.shape[0], len(text))]
-                self.text = [text[i] if i < len(text) else [] for i in rows_from]
-            if readable(self.lengths):
-                self.settle(int(self.lengths.max()))
 
     reorder_cache = reorder
 
@@ -559,7 +559,8 @@ class HybridCache:
         if snapshot.history is not None:
             with torch.inference_mode(False):
                 ids, starts = (t.clone() for t in snapshot.history)
-            self._history = self._padded(ids), self._padded(starts)
+            length = self.max_cache_len
+            self._history = self._padded(ids, length), self._padded(starts, length)
 
     def restore_rows(self, snapshot: CacheSnapshot, rows: list[int], lengths: list[int]) -> None:
         """Bring rows back to the first so many tokens of the snapshot's text, for whoever has checked.
@@ -649,16 +650,17 @@ class HybridCache:
     # ---- memory ---------------------------------------------------------------------------------
 
     def _resize(self, max_cache_len: int) -> None:
-        for layer in self.layers:
+        for layer in self.layers:  # one that has grown alone serves as before
             layer.resize(max_cache_len)
-        self.max_cache_len = max_cache_len
-        if self._history is not None:
-            ids, starts = self._history
-            self._history = self._padded(ids), self._padded(starts)
+        history = self._history
+        if history is not None:
+            ids, starts = history
+            history = self._padded(ids, max_cache_len), self._padded(starts, max_cache_len)
+        self.max_cache_len, self._history = max_cache_len, history
 
-    def _padded(self, history: Tensor) -> Tensor:
+    def _padded(self, history: Tensor, max_cache_len: int) -> Tensor:
         """Give `history` with a column for each of max_cache_len positions and one for padding."""
-        missing = self.max_cache_len + 1 - history.shape[1]
+        missing = max_cache_len + 1 - history.shape[1]
         with torch.inference_mode(False):
             return torch.nn.functional.pad(history, (0, missing)) if missing else history
 

@@ -43,6 +43,17 @@ def keep_address(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _zeros(
+    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # A tensor made in inference mode could not be written to outside of it. Zeros, because
+    # the reference path multiplies hidden slots by 0, and 0 times garbage may be NaN.
+    with torch.inference_mode(False):
+        k = keep_address(torch.zeros(shape, device=device, dtype=dtype))
+        v = keep_address(torch.zeros(shape, device=device, dtype=dtype))
+    return k, v
+
+
 class LayerCache:
     """Keys and values of one layer, `k` and `v` [B, Hkv, C, D]; None until the first write."""
 
@@ -64,27 +75,23 @@ class LayerCache:
         capacity = round_up(max_cache_len)
         if self.window:
             capacity = min(capacity, round_up(self.window + self._requested_margin))
-        self.wraps = capacity < max_cache_len
-        if self.k is not None and self.v is not None and capacity > self.capacity:
+        k, v = self.k, self.v
+        if k is not None and v is not None and capacity > self.capacity:
             # A ring grows only while it is shorter than its final size, hence has never wrapped.
-            old = self.k, self.v
-            self.capacity = capacity
-            b, h, _, d = self.k.shape
-            self.allocate(b, h, d, self.k.device, self.k.dtype)
-            self.k[:, :, : old[0].shape[2]] = old[0]
-            self.v[:, :, : old[1].shape[2]] = old[1]
-        self.capacity = max(capacity, self.capacity)
+            b, h, slots, d = k.shape
+            old = k, v
+            k, v = _zeros((b, h, capacity, d), k.device, k.dtype)
+            k[:, :, :slots] = old[0]
+            v[:, :, :slots] = old[1]
+        # In one statement, once nothing can fail: what memory or an interrupt breaks off is not begun.
+        wraps, capacity = capacity < max_cache_len, max(capacity, self.capacity)
+        self.k, self.v, self.capacity, self.wraps = k, v, capacity, wraps
 
     def allocate(
         self, batch: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Make `k` and `v` [batch, heads, capacity, head_dim], zero."""
-        shape = (batch, heads, self.capacity, head_dim)
-        # A tensor made in inference mode could not be written to outside of it. Zeros, because
-        # the reference path multiplies hidden slots by 0, and 0 times garbage may be NaN.
-        with torch.inference_mode(False):
-            self.k = keep_address(torch.zeros(shape, device=device, dtype=dtype))
-            self.v = keep_address(torch.zeros(shape, device=device, dtype=dtype))
+        """Make `k` and `v` [batch, heads, capacity, head_dim], zero; both or neither."""
+        self.k, self.v = _zeros((batch, heads, self.capacity, head_dim), device, dtype)
 
     def buffers(self, batch: int) -> tuple[Tensor, Tensor]:
         """Give `k` and `v` of the first `batch` rows, [batch, Hkv, C, D]."""

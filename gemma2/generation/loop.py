@@ -227,9 +227,9 @@ class _Transcript:
         """Say how well the drafts were."""
         if self._run.draft is not None:
             logger.debug(
-                "assisted: %d of %d drafted tokens accepted",
+                "assisted: %d drafted tokens accepted in %d calls",
                 sum(map(len, self._rows)) - self._reports,
-                (self._reports - len(self._rows)) * self._run.draft.count,
+                self._reports - len(self._rows),
             )
 
 
@@ -243,14 +243,13 @@ FAULTS = {
 @contextlib.contextmanager
 def inference(run: Run) -> Iterator[None]:
     """Run without gradients and in eval mode, and put every module's mode back."""
-    for module in run.training:
-        module.training = False
+    evaluate, restore = switch(run.training, False), switch(run.training, True)
     try:
+        evaluate()
         with torch.inference_mode():
             yield
     finally:
-        for module in run.training:
-            module.training = True
+        restore()
 
 
 def read_prompt(run: Run) -> Tensor:
