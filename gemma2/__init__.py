@@ -4,6 +4,11 @@
 >>> model = gemma2.Gemma2ForCausalLM.from_pretrained("path/to/gemma-2-2b", dtype="bfloat16")
 >>> tokenizer = gemma2.Tokenizer.from_pretrained("path/to/gemma-2-2b")
 >>> ids = model.generate(tokenizer(["The sun is"])["input_ids"], max_new_tokens=20)
+
+Threads may share a model in eval mode, each with a cache of its own; while operators run, other threads
+do. A forked process goes on with one thread (`torch.set_num_threads(1)` in it, as a DataLoader's workers
+have it). With several it hangs if its parent has used several, as torch's own operators do, because
+OpenMP's threads are not forked: spawn it then.
 """
 
 from __future__ import annotations
