@@ -98,7 +98,8 @@ def _tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(folder)
     text = "an <eos> inner star \N{GRINNING FACE}"
     ids = tokenizer.encode(text)
-    if ids.count(tokenizer.bos_id) != (tokenizer.bos_id is not None):  # type: ignore[arg-type]
+    # in the beginning: a damaged file may name a letter, which occurs elsewhere, too
+    if ids[:2].count(tokenizer.bos_id) != (tokenizer.bos_id is not None):  # type: ignore[arg-type]
         raise WrongError(f"{ids} begins with more or less than one {tokenizer.bos_id}")
     if not all(isinstance(i, int) and i >= 0 for i in ids):
         raise WrongError(f"{ids} are no token ids")

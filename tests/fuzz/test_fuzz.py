@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def test_a_healthy_folder_is_read(name: str, tmp_path: Path) -> None:
     for i, folder in enumerate(READERS[name].healthy()):
         samples.write(folder, tmp_path / str(i))
         READERS[name].read(tmp_path / str(i))
+
+
+def test_a_letter_in_the_role_of_bos_is_no_wrong_tokenizer(tmp_path: Path) -> None:
+    roles = {"bos_token": "a"}
+    files = {**samples.tokenizer(), "tokenizer_config.json": json.dumps(roles).encode()}
+    assert worker.run(Case("tokenizer", files, []), tmp_path / "case").kind == worker.READ
 
 
 def test_what_the_tokenizers_library_takes_for_json_is_no_failure(tmp_path: Path) -> None:
