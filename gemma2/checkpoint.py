@@ -185,7 +185,7 @@ def load_state_dict_into(
         )
         wanted_dtype = largest.dtype
     assert wanted_dtype is not None
-    narrowed: dict[str, tuple[Tensor, torch.dtype]] = {}  # the extremes are finite, and the dtype
+    narrowed: dict[str, tuple[Tensor, torch.dtype]] = {}  # an extreme is not finite; the dtype
 
     total = sum(slot.tensor.numel() for slot in filled) * wanted_dtype.itemsize
     with (
@@ -199,8 +199,8 @@ def load_state_dict_into(
             source = source.to(where if slot.tensor.is_meta else slot.tensor.device)
             target = _filled(slot.tensor, source, wanted_dtype)
             if _narrows(source.dtype, target.dtype) and target.numel():
-                finite = torch.stack(target.aminmax()).isfinite().all()
-                narrowed[slot.source] = (finite, target.dtype)
+                suspect = ~torch.stack(target.aminmax()).isfinite().all()
+                narrowed[slot.source] = (suspect, target.dtype)
             del source
             _place(model, slot, target)
             advance(target.numel() * target.element_size())
@@ -326,9 +326,9 @@ def _check_overflow(narrowed: dict[str, tuple[Tensor, torch.dtype]], weights: We
     if not narrowed:
         return
     device = next(iter(narrowed.values()))[0].device
-    finite = torch.stack([flag.to(device) for flag, _ in narrowed.values()]).tolist()
-    for (name, (_, dtype)), is_finite in zip(narrowed.items(), finite, strict=True):
-        if is_finite:
+    suspects = torch.stack([flag.to(device) for flag, _ in narrowed.values()]).tolist()
+    for (name, (_, dtype)), is_suspect in zip(narrowed.items(), suspects, strict=True):
+        if not is_suspect:
             continue
         source = weights.read(name)
         lost = source[source.isfinite() & source.to(dtype).isinf()]
