@@ -250,10 +250,16 @@ class GGUFSource:
         return True
 
     def _generation(self) -> GenerationConfig:
-        eos = self._file.integer("tokenizer.ggml.eos_token_id")
-        turn = self._file.integer("tokenizer.ggml.eot_token_id")
-        ends = list(dict.fromkeys(number for number in (eos, turn) if number is not None))
-        config = self.config
+        config, ends = self.config, []
+        for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+            number = self._file.integer(key)
+            if number is not None and not 0 <= number < config.vocab_size:
+                raise CheckpointError(
+                    f"{self._file.path}: {key} is {number}: a number of one of the vocabulary's "
+                    f"{config.vocab_size} tokens is wanted"
+                )
+            if number is not None and number not in ends:
+                ends.append(number)
         return GenerationConfig(
             bos_token_id=config.bos_token_id,
             eos_token_id=ends if len(ends) > 1 else config.eos_token_id,
