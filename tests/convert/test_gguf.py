@@ -376,7 +376,10 @@ def test_a_given_configuration_must_agree_with_the_file(tmp_path: Path) -> None:
         (lambda w: w.add_uint32("gemma2.rope.dimension_count", 64), "dimension_count is 64"),
         (lambda w: w.add_string("general.architecture", "llama"), "architecture is llama"),
         (lambda w: w.add_uint32("tokenizer.ggml.padding_token_id", 98), "pad_token_id"),
-        (lambda w: w.add_uint32("tokenizer.ggml.eos_token_id", 2**31), "eos_token_id is 2147483648"),
+        (
+            lambda w: w.add_uint32("tokenizer.ggml.eos_token_id", 2**31),
+            "eos_token_id is 2147483648",
+        ),
         (lambda w: w.add_uint32("tokenizer.ggml.eot_token_id", 97), "eot_token_id is 97"),
     ],
 )
