@@ -16,7 +16,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "q8_0")
 EXAMPLES = """\
 SOURCE is Google's original checkpoint (a .ckpt file, or a folder of shards), a folder in the layout of
 the hub, a GGUF file, or an Orbax checkpoint. All names and shapes are checked before anything is
-written, and what was written is read back and compared. Interrupted, TARGET is as it was.
+written, and what was written is read back and compared. Interrupted, TARGET is as it was; only while
+--overwrite puts a folder's files in place it may be told to be half saved.
 
 examples:
   gemma2 convert gemma-2-2b-pytorch/model.ckpt gemma-2-2b
