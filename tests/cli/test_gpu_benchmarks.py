@@ -396,7 +396,8 @@ def test_the_gpu_day_runs_every_case_of_these_once(name):
 
 
 def test_the_gpu_day_has_something_of_every_benchmark():
-    assert {step.name for step in gpu_plan.BENCH} == set(runner.available())
+    planned = {step.name for step in gpu_plan.BENCH}
+    assert planned == set(runner.available()) - set(gpu_plan.LEFT_OUT)
     for step in gpu_plan.BENCH:
         module = importlib.import_module(f"benchmarks.{step.name}")
         assert len(runner.chosen_cases(module, torch.device("cuda"), step.only)) >= 2, step

@@ -75,6 +75,8 @@ def _work(
     for name in readers:  # what is imported late is not of a case's making
         if name in READERS:
             worker.run(Case(name, READERS[name].healthy()[0], []), place)
+    worker.make(seed, numbers[0], readers)
+    answers.send(None)  # the first case begins
     for number in numbers:
         answers.send((number, worker.run(worker.make(seed, number, readers), place)))
 
@@ -171,9 +173,10 @@ def _answers(process: _Process) -> Iterator[tuple[int, Outcome]]:
     try:
         while process.answers.poll():
             answer: Any = process.answers.recv()
-            process.done += 1
             process.begin()
-            yield answer
+            if answer is not None:
+                process.done += 1
+                yield answer
     except (EOFError, OSError):
         process.ended = True
 

@@ -33,7 +33,7 @@ def test_every_planted_bug_is_reported(tmp_path: Path) -> None:
     names = list(PLANTED)
     done = run_it(
         *("--cases", str(len(names)), "--seed", "planted", "--readers", ",".join(names)),
-        *("--processes", "2", "--cpu", "1", "--wall", "10", "--keep", str(tmp_path)),
+        *("--processes", "2", "--cpu", "2", "--wall", "10", "--keep", str(tmp_path)),
     )
     assert done.returncode == 1, done.stderr
     seen = {}
