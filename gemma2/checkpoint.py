@@ -35,8 +35,10 @@ from gemma2.weights import (
     PathLike,
     Slot,
     Weights,
+    cast,
     checked_folder,
     find_weights,
+    may_have_overflowed,
     misfit,
     progress_bar,
     shown,
@@ -198,8 +200,7 @@ def load_state_dict_into(
             source = weights.read(slot.source)
             source = source.to(where if slot.tensor.is_meta else slot.tensor.device)
             target = _filled(slot.tensor, source, wanted_dtype)
-            if _narrows(source.dtype, target.dtype) and target.numel():
-                suspect = ~torch.stack(target.aminmax()).isfinite().all()
+            if (suspect := may_have_overflowed(source, target)) is not None:
                 narrowed[slot.source] = (suspect, target.dtype)
             del source
             _place(model, slot, target)
@@ -314,32 +315,18 @@ def _filled(tensor: Tensor, source: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(source.shape, dtype=dtype, device=source.device).copy_(source)
 
 
-def _narrows(source: torch.dtype, target: torch.dtype) -> bool:
-    return torch.finfo(target).max < torch.finfo(source).max
-
-
 def _check_overflow(narrowed: dict[str, tuple[Tensor, torch.dtype]], weights: Weights) -> None:
-    """Check that no conversion, such as to float16, which ends at 65504, lost a finite value.
+    """Check that no conversion lost a finite value; waits for the device once.
 
-    Waits for the device once. Weights that are not finite after it are read again.
+    Weights that are not finite after it are read and converted again.
     """
     if not narrowed:
         return
     device = next(iter(narrowed.values()))[0].device
     suspects = torch.stack([flag.to(device) for flag, _ in narrowed.values()]).tolist()
     for (name, (_, dtype)), is_suspect in zip(narrowed.items(), suspects, strict=True):
-        if not is_suspect:
-            continue
-        source = weights.read(name)
-        lost = source[source.isfinite() & source.to(dtype).isinf()]
-        if lost.numel():
-            said, advice = str(dtype).removeprefix("torch."), "in its own dtype"
-            if dtype == torch.float16:
-                advice = "as bfloat16 or float32"
-            raise CheckpointError(
-                f"{weights.entry}: {name} reaches {lost.abs().max().item():.6g}, beyond {said}: "
-                f"load it {advice}"
-            )
+        if is_suspect:
+            cast(weights.read(name), dtype, f"{weights.entry}: {name}")
 
 
 def _place(model: nn.Module, slot: Slot, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma2.heads import Gemma2ForCausalLM
 from gemma2.model import beside
-from gemma2.modes import switch
+from gemma2.modes import evaluating
 
 __all__ = ["Perplexity", "perplexity", "token_log_probs"]
 
@@ -100,13 +100,8 @@ def token_log_probs(
 def _evaluating(model: Gemma2ForCausalLM) -> Iterator[None]:
     """Compute without gradients and in eval mode, and put every module's mode back."""
     training = [module for module in model.modules() if module.training]
-    evaluate, restore = switch(training, False), switch(training, True)
-    try:
-        evaluate()
-        with torch.no_grad():
-            yield
-    finally:
-        restore()
+    with evaluating(training), torch.no_grad():
+        yield
 
 
 def _log_probs(model: Gemma2ForCausalLM, states: Tensor, targets: Tensor) -> Tensor:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 
 from torch import nn
 
-__all__ = ["switch"]
+__all__ = ["evaluating"]
 
 
-def switch(modules: Sequence[nn.Module], training: bool) -> Callable[[], object]:
+@contextlib.contextmanager
+def evaluating(training: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the modules `training`, which are in training mode, into eval mode, and back."""
+    begin, end = _switch(training, False), _switch(training, True)
+    try:
+        begin()
+        yield
+    finally:
+        end()
+
+
+def _switch(modules: Sequence[nn.Module], training: bool) -> Callable[[], object]:
     """Give what sets `training` of all modules, to be called once.
 
     The call is one of C, and nothing is prepared in it: a signal's handler that raises, as that of

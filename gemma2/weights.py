@@ -362,6 +362,35 @@ def _inside(folder: Path, name: str, entry: Path) -> Path:
     return path
 
 
+def may_have_overflowed(tensor: Tensor, out: Tensor) -> Tensor | None:
+    """Tell, in a bool [], whether `out`, which is `tensor` in another dtype, is not finite everywhere.
+
+    None where the dtype is not narrower, and where there is nothing in it. The host waits for nothing.
+    """
+    if torch.finfo(out.dtype).max >= torch.finfo(tensor.dtype).max or not out.numel():
+        return None
+    # the extremes are many times faster, and not finite if any value is not
+    return ~torch.stack(out.aminmax()).isfinite().all()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Give `tensor` in `dtype`, rounded once.
+
+    Raises:
+        CheckpointError: a finite value is beyond `dtype`, such as float16, which ends at 65504.
+    """
+    out = tensor.to(dtype)
+    if may_have_overflowed(tensor, out):
+        lost = tensor[out.isinf() & tensor.isfinite()]
+        if lost.numel():
+            said, end = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+            raise CheckpointError(
+                f"{name} reaches {lost.abs().max().item():.6g}, beyond {said}, which ends at "
+                f"{end:.6g}: take a dtype that has such values"
+            )
+    return out
+
+
 @dataclass
 class Slot:
     """One parameter or persistent buffer of the model, with all names that it goes by."""

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +119,8 @@ def _read(name: str) -> dict[str, Any]:
 
 def _write(name: str, content: dict[str, Any]) -> None:
     """Write a file that is whole at every moment; replaces a conversation and nothing else."""
+    from gemma2.staging import staged_file
+
     path = Path(name)
     if path.exists():
         try:
@@ -130,23 +131,11 @@ def _write(name: str, content: dict[str, Any]) -> None:
             ) from None
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
-        _replace(path, text)
+        path.parent.stat()  # a folder that is missing may be a slip: it is not made
+        with staged_file(path) as writing:
+            writing.write_text(text, encoding="utf-8")
     except OSError as error:  # which may name the temporary file, or none
         raise CommandError(f"{name}: {error.strerror}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 # ---- the session --------------------------------------------------------------------------------

@@ -29,12 +29,20 @@ from torch import Tensor
 from gemma2.config import Gemma2Config, default_layer_types
 from gemma2.convert.gguf_file import ALIGNMENT, File, Stored, shortest
 from gemma2.convert.gguf_tokenizer import add_tokenizer, read_tokenizer
-from gemma2.convert.source import Source, cast, check_tensors, generation_of, hub_shapes
+from gemma2.convert.source import Source, check_tensors, generation_of, hub_shapes
 from gemma2.convert.vocabulary import UnfaithfulError
 from gemma2.generation import GenerationConfig
 from gemma2.saving import bytes_of
 from gemma2.staging import check_space, staged_file
-from gemma2.weights import LM_HEAD, CheckpointError, PathLike, TensorInfo, progress_bar, shown
+from gemma2.weights import (
+    LM_HEAD,
+    CheckpointError,
+    PathLike,
+    TensorInfo,
+    cast,
+    progress_bar,
+    shown,
+)
 
 ARCHITECTURE = "gemma2"
 TYPES = ("float32", "float16", "bfloat16", "q8_0")

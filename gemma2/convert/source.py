@@ -19,7 +19,15 @@ from torch import Tensor
 
 from gemma2.config import Gemma2Config
 from gemma2.generation import GenerationConfig
-from gemma2.weights import CONFIG, GENERATION_CONFIG, CheckpointError, TensorInfo, misfit, shown
+from gemma2.weights import (
+    CONFIG,
+    GENERATION_CONFIG,
+    CheckpointError,
+    TensorInfo,
+    cast,
+    misfit,
+    shown,
+)
 
 SIZES = {
     "2b": Gemma2Config.gemma2_2b,
@@ -249,23 +257,3 @@ def verify(
                     "the disk or the memory is faulty, or another process writes there"
                 )
             advance(part.numel() * part.element_size())
-
-
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Give `tensor` in `dtype`, rounded once.
-
-    Raises:
-        CheckpointError: a finite value is beyond `dtype`, such as float16, which ends at 65504.
-    """
-    out = tensor.to(dtype)
-    end = torch.finfo(dtype).max
-    # the extremes are many times faster, and not finite if any value is not
-    if end < torch.finfo(tensor.dtype).max and not torch.stack(out.aminmax()).isfinite().all():
-        lost = out.isinf() & tensor.isfinite()
-        if lost.any():
-            said = str(dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{name} reaches {tensor[lost].abs().max().item():.6g}, beyond {said}, which ends "
-                f"at {end:.6g}: convert it to a dtype that has such values"
-            )
-    return out

@@ -20,7 +20,7 @@ from gemma2.generation.assisted import AssistedStep
 from gemma2.generation.graph import GraphedStep
 from gemma2.generation.run import Reading, Run
 from gemma2.generation.step import NO_TOKEN, Step
-from gemma2.modes import switch
+from gemma2.modes import evaluating
 
 if TYPE_CHECKING:
     from gemma2.generation.mixin import GenerationMixin
@@ -243,13 +243,8 @@ FAULTS = {
 @contextlib.contextmanager
 def inference(run: Run) -> Iterator[None]:
     """Run without gradients and in eval mode, and put every module's mode back."""
-    evaluate, restore = switch(run.training, False), switch(run.training, True)
-    try:
-        evaluate()
-        with torch.inference_mode():
-            yield
-    finally:
-        restore()
+    with evaluating(run.training), torch.inference_mode():
+        yield
 
 
 def read_prompt(run: Run) -> Tensor:

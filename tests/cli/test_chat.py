@@ -234,6 +234,7 @@ def test_saving_replaces_conversations_only_and_never_in_part(
     talk = tmp_path / "talk.json"
     script(f"hello\n/save {talk}\n", "--model", folder, "--max-new-tokens", 2)
     before = talk.read_text()
+    assert talk.stat().st_mode == file.stat().st_mode  # not for its owner's eyes only
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -85,6 +85,7 @@ class _Process:
     def __init__(self, seed: str, readers: list[str], numbers: range, place: Path) -> None:
         self.numbers, self.log = numbers, place.with_suffix(".log")
         self.done = 0
+        self.is_ready = False  # before its first case
         self.ended = False  # before it was through
         self.answers, end = _FORK.Pipe(duplex=False)
         self.log.write_bytes(b"")
@@ -110,7 +111,7 @@ class _Process:
         return self.numbers[self.done]
 
     def overdue(self, limits: Limits) -> str | None:
-        if self._cpu() - self.cpu > limits.cpu:
+        if self.is_ready and self._cpu() - self.cpu > limits.cpu:
             return "HANG"
         return "WAITS" if time.monotonic() - self.since > limits.wall else None
 
@@ -173,6 +174,7 @@ def _answers(process: _Process) -> Iterator[tuple[int, Outcome]]:
     try:
         while process.answers.poll():
             answer: Any = process.answers.recv()
+            process.is_ready = True
             process.begin()
             if answer is not None:
                 process.done += 1
