@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from gemma2.integrations.transformers import HybridCache, attention_mask
+from gemma2.integrations.transformers.call import Rows
 from tests.integrations.transformers.twins import PUBLISHED, WINDOW, compare, model, truth
 from tests.model import factories as F
 
@@ -85,6 +86,18 @@ def test_a_call_without_a_mask_of_ours_is_refused() -> None:
         for kind in ("full_attention", "sliding_attention")
     }
     with pytest.raises(ValueError, match=r"has shape \[1, 1, 5, 9\]: this layer needs"):
+        model("gemma2")(F.tokens(1, 5), attention_mask=masks)
+
+
+@pytest.mark.parametrize("given", [0, WINDOW + 1])
+def test_rows_of_layers_of_another_kind_are_refused(given: int) -> None:
+    function = masking_utils.causal_mask_function
+    if given:
+        function = masking_utils.sliding_window_causal_mask_function(given)
+    rows = attention_mask(1, torch.arange(5), 5, mask_function=function, local_size=given or None)
+    assert isinstance(rows, Rows)
+    masks = {"full_attention": rows, "sliding_attention": rows}
+    with pytest.raises(ValueError, match=f"for layers with a window of {given}, this one has"):
         model("gemma2")(F.tokens(1, 5), attention_mask=masks)
 
 
