@@ -98,10 +98,10 @@ def interrupted(channel: Any, steps: Any) -> None:
         lengths, options = CASES[number % len(CASES)]
         ids, mask, _, _ = told(lengths, STEPS)
         cache = HybridCache(model.config, len(lengths))
-        steps.value = 0
         verdict, at = "", -1
         if not channel.recv():
             return
+        steps.value = 0  # not before: the other side reads the last number until it sends
         try:
             channel.send("begins")
             options = {"attention_mask": mask, "max_new_tokens": STEPS, **options, **NEVER}
